@@ -1,0 +1,280 @@
+"""The command line: `leanformers slim`, `apply`, `measure`, `methods` and `advise`.
+
+Commands import what they need when they run, so that `--help` and a wrong option answer at once.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from leanformers import __version__
+from leanformers.cli.errors import Commands
+
+app = typer.Typer(
+    name="leanformers",
+    cls=Commands,
+    help="Make a transformer you already have cheap to tune, to store and to run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+class Kind(StrEnum):
+    """The kinds of task that can be made of one's own data."""
+
+    text_classification = "text-classification"
+    text_regression = "text-regression"
+    embedding = "embedding"
+    causal_lm = "causal-lm"
+    masked_lm = "masked-lm"
+
+
+_DATA, _SEARCH = "Data", "Search"
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model", help="A folder, [b]minilm[/b], [b]smollm2[/b], or a name on the hub.", show_default=False
+    ),
+]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(
+        "--task", help="A packaged task: sentiment, docstrings-search, docstrings-lm …", rich_help_panel=_DATA
+    ),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="Your own: a CSV, JSON Lines or Parquet file, a folder, or a data set on the hub.",
+        rich_help_panel=_DATA,
+    ),
+]
+TextOption = Annotated[str | None, typer.Option("--text", help="Column of the texts.", rich_help_panel=_DATA)]
+LabelOption = Annotated[
+    str | None, typer.Option("--label", help="Column of the labels.", rich_help_panel=_DATA)
+]
+QueryOption = Annotated[
+    str | None, typer.Option("--query", help="Column of the queries, for search.", rich_help_panel=_DATA)
+]
+BodyOption = Annotated[
+    str | None, typer.Option("--body", help="Column of what they should find.", rich_help_panel=_DATA)
+]
+KindOption = Annotated[
+    Kind | None,
+    typer.Option("--kind", help="What to do with --data; told from the columns.", rich_help_panel=_DATA),
+]
+ValidationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--validation", help="Split or file to choose by; else a share of --data.", rich_help_panel=_DATA
+    ),
+]
+TestOption = Annotated[
+    str | None,
+    typer.Option(
+        "--test", help="Split or file to measure on; else a share of --data.", rich_help_panel=_DATA
+    ),
+]
+SizeOption = Annotated[
+    int | None, typer.Option("--size", help="Training rows to use.", min=2, rich_help_panel=_DATA)
+]
+LengthOption = Annotated[
+    int | None, typer.Option("--max-length", help="Longest input in tokens.", min=4, rich_help_panel=_DATA)
+]
+MetricOption = Annotated[
+    str | None, typer.Option("--metric", help="What counts as quality.", rich_help_panel=_DATA)
+]
+DropEmptyOption = Annotated[
+    bool, typer.Option("--drop-empty", help="Leave out rows with empty values.", rich_help_panel=_DATA)
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model from the hub.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
+RuntimeOption = Annotated[
+    str, typer.Option("--runtime", help="Where the models run: torch or torch-compile.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"leanformers {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results alone.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more of what is done.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    from leanformers.cli.console import set_up
+
+    set_up(quiet=quiet, verbose=verbose)
+
+
+@app.command()
+def slim(
+    model: ModelOption,
+    task: TaskOption = None,
+    data: DataOption = None,
+    text: TextOption = None,
+    label: LabelOption = None,
+    query: QueryOption = None,
+    body: BodyOption = None,
+    kind: KindOption = None,
+    validation: ValidationOption = None,
+    test: TestOption = None,
+    size: SizeOption = None,
+    max_length: LengthOption = None,
+    metric: MetricOption = None,
+    drop_empty: DropEmptyOption = False,
+    goal: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--goal",
+            help='As often as you like: "latency<=0.5x", "quality>=0.99x", "bytes<=20e6".',
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the run; the same command again goes on with it.")
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option("--trials", help="Recipes to try.", min=1, rich_help_panel=_SEARCH)
+    ] = None,
+    finalists: Annotated[
+        int | None,
+        typer.Option(
+            "--finalists", help="Trainings in full, of the most promising.", min=0, rich_help_panel=_SEARCH
+        ),
+    ] = None,
+    points: Annotated[
+        int | None,
+        typer.Option("--points", help="Checkpoints to keep at most.", min=1, rich_help_panel=_SEARCH),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", help="Time to spend; what is under way is ended.", rich_help_panel=_SEARCH),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method", help="Search among these methods only (repeatable).", rich_help_panel=_SEARCH
+        ),
+    ] = None,
+    runtime: RuntimeOption = "torch",
+    seed: SeedOption = 0,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Search for lean versions of a model, and show the [b]frontier[/b] of quality against cost.
+
+    [b]leanformers slim --model ./my-bert --data train.csv --label topic --goal "latency<=0.5x"[/b]
+    """
+    from leanformers.cli.commands import run_slim, task_from
+
+    chosen = task_from(
+        task, data, kind, text=text, label=label, query=query, body=body, validation=validation,
+        test=test, size=size, max_length=max_length, metric=metric, drop_empty=drop_empty,
+    )  # fmt: skip
+    if chosen is None:
+        raise typer.BadParameter("say what the model is for: --task NAME, or --data FILE with its columns")
+    run_slim(
+        model, chosen, out=out, goals=goal or [], trials=trials, finalists=finalists, points=points,
+        minutes=minutes, methods=method or None, runtime=runtime, seed=seed,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+
+
+@app.command()
+def apply(
+    recipe: Annotated[Path, typer.Argument(help="recipe.yaml, or the folder that holds one.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the lean model.")],
+    model: Annotated[str | None, typer.Option("--model", help="Instead of the recipe's own.")] = None,
+    task: TaskOption = None,
+    data: DataOption = None,
+    text: TextOption = None,
+    label: LabelOption = None,
+    query: QueryOption = None,
+    body: BodyOption = None,
+    kind: KindOption = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Instead of the recipe's own.")] = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Make one recipe's lean model, without a search."""
+    from leanformers.cli.commands import run_apply, task_from
+
+    chosen = task_from(task, data, kind, text=text, label=label, query=query, body=body)
+    run_apply(recipe, out, model=model, task=chosen, seed=seed, trust_remote_code=trust_remote_code)
+
+
+@app.command()
+def measure(
+    model: Annotated[str, typer.Argument(help="A folder, minilm, smollm2, or a name on the hub.")],
+    task: TaskOption = None,
+    data: DataOption = None,
+    text: TextOption = None,
+    label: LabelOption = None,
+    query: QueryOption = None,
+    body: BodyOption = None,
+    kind: KindOption = None,
+    test: TestOption = None,
+    max_length: LengthOption = None,
+    metric: MetricOption = None,
+    drop_empty: DropEmptyOption = False,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="Another model, timed in turns with it and compared.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows of a timed batch.", min=1)] = 16,
+    limit: Annotated[int | None, typer.Option("--limit", help="Test rows to use.", min=1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    runtime: RuntimeOption = "torch",
+    seed: SeedOption = 0,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Measure a model's quality and cost, and change nothing."""
+    from leanformers.cli.commands import run_measure, task_from
+
+    chosen = task_from(
+        task, data, kind, text=text, label=label, query=query, body=body, test=test, max_length=max_length,
+        metric=metric, drop_empty=drop_empty,
+    )  # fmt: skip
+    run_measure(
+        model, chosen, baseline=baseline, batch_size=batch_size, limit=limit, runtime=runtime, seed=seed,
+        as_json=as_json, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None) -> None:
+    """List the methods, or say all of one: what it needs and suits, its settings, its evidence."""
+    from leanformers.cli.describe import show_method, show_methods
+
+    show_method(name) if name else show_methods()
+
+
+@app.command()
+def advise(
+    model: Annotated[str, typer.Argument(help="A folder, minilm, smollm2, or a name on the hub.")],
+    task: TaskOption = None,
+    length: Annotated[int, typer.Option("--length", help="Tokens of a typical input.", min=1)] = 128,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Say which methods suit a model and what each is estimated to save, running none."""
+    from leanformers.cli.commands import run_advise, task_from
+
+    run_advise(model, task_from(task, None, None), length=length, trust_remote_code=trust_remote_code)
+
+
+def main() -> None:
+    """The entry point of the `leanformers` command."""
+    app()

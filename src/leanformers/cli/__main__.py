@@ -1,0 +1,3 @@
+from leanformers.cli import main
+
+main()

@@ -1,0 +1,95 @@
+"""Tables on the terminal: the frontier's points and a model's measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from leanformers.report import view
+from leanformers.report.quantities import QUANTITIES, TABLE, metric_title, ratio, written
+
+
+def _table(*columns: str, numbers: Sequence[str] = ()) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim", show_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return table
+
+
+def _cell(point: Mapping[str, Any], key: str) -> Text:
+    """Value over ratio, so that the table fits a narrow terminal."""
+    value, share = written(key, point)
+    return Text.assemble(value, ("\n" + share if share else "", "dim"))
+
+
+def frontier(data: Mapping[str, Any]) -> Group:
+    """The non-dominated points, then the baseline and the references, each with its ratios."""
+    titles = [
+        metric_title(data.get("task", {})) if key == "quality" else QUANTITIES[key].title for key in TABLE
+    ]
+    titles = ["bytes" if title == "bytes on disk" else title for title in titles]
+    table = _table("point", *titles, "loads with", numbers=titles)
+    winners = [point for point in data.get("points", ()) if point.get("status") == "frontier"]
+    for point in winners:
+        best = point["name"] == data.get("best")
+        name = Text.assemble((str(point["name"]), "bold green" if best else "bold"))
+        what = view.summary(point)
+        if what and not str(point["name"]).startswith(what.replace(" + ", "+")):
+            name.append(f"\n{what}", "dim")
+        table.add_row(name, *(_cell(point, key) for key in TABLE), point.get("tier") or "–")
+    table.add_section()
+    for point in [data["baseline"], *data.get("references", ())]:
+        table.add_row(str(point["name"]), *(_cell(point, key) for key in TABLE), point.get("tier") or "–")
+    notes = [Text(view.headline(data), "dim")]
+    return Group(Text(), table, *notes)
+
+
+def measurement(found: Any, baseline: Any = None, name: str = "", baseline_name: str = "") -> Table:
+    """All that was measured of a model, beside another's and with the ratios to it if there is one."""
+    ratios = found.ratios(baseline) if baseline is not None else {}
+    lines: list[tuple[str, str, str, str, str]] = []  # title, baseline's, own, ratio, unit
+    for key, quantity in QUANTITIES.items():
+        title = metric_title({"metric": found.metric}) if key == "quality" else quantity.title
+        lines.append(
+            (title, *_pair(found, baseline, key, quantity.write), _ratio(ratios, key), quantity.unit)
+        )
+        if key == "latency":
+            pair = _pair(found, baseline, "latency_p95", quantity.write)
+            lines.append(("latency, 95 of 100 below", *pair, _ratio(ratios, "latency_p95"), quantity.unit))
+    for metric, value in found.metrics.items():
+        if metric != found.metric and isinstance(value, int | float):
+            other = baseline.metrics.get(metric) if baseline is not None else None
+            shown = "–" if other is None else f"{other:.4g}"
+            lines.append((metric.replace("_", " "), shown, f"{value:.4g}", "", ""))
+    columns = ("", baseline_name, name, "ratio", "")
+    kept = range(5) if baseline is not None else (0, 2, 4)
+    table = _table(*(columns[i] for i in kept), numbers=[baseline_name, name, "ratio"])
+    for line in lines:
+        if line[2] != "–":
+            cells = [Text(line[i], "dim" if i == 4 else "") for i in kept]
+            table.add_row(*cells)
+    return table
+
+
+def _pair(found: Any, baseline: Any, key: str, write: Callable[[float], str]) -> tuple[str, str]:
+    """The baseline's value and the model's own, as texts."""
+    values = (getattr(baseline, key, None), getattr(found, key, None))
+    before, own = ("–" if value is None else write(value) for value in values)
+    return before, own
+
+
+def _ratio(ratios: Mapping[str, float], key: str) -> str:
+    return ratio(ratios[key]) if key in ratios else "–"
+
+
+def rows(columns: Sequence[str], lines: Sequence[Sequence[str]], numbers: Sequence[str] = ()) -> Table:
+    """A plain table of texts."""
+    table = _table(*columns, numbers=numbers)
+    for line in lines:
+        table.add_row(*(Text(cell) for cell in line))
+    return table

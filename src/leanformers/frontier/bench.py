@@ -1,0 +1,304 @@
+"""The workbench of a search: it makes the baseline, estimates a recipe, trains one in full, compares all.
+
+This is the only part of a search that touches models; the rest works on what it returns.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock
+
+from leanformers import folders
+from leanformers.errors import LeanError
+from leanformers.execute import attach_reference, execute, load_model, save_checkpoint, seed_everything
+from leanformers.execute import write_provenance as provenance
+from leanformers.frontier.space import Steps, name_of, trained_prefix
+from leanformers.methods import Budget, MethodInfo, Subject
+from leanformers.recipe import Recipe, key_of
+
+BASELINE = "baseline"
+RESULT = "result.json"
+_PREFIXES = 3  # models kept in memory, so that recipes that begin alike train once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one recipe gave on the validation rows.
+
+    measurement: as `Measurement.to_json`. ratios: to the baseline on the same rows. seconds: of the whole;
+    train_seconds: of its training, which saw trained_examples of the full_examples of an uncut training.
+    """
+
+    measurement: dict[str, Any]
+    ratios: dict[str, float]
+    seconds: float
+    train_seconds: float = 0.0
+    trained_examples: int = 0
+    full_examples: int = 0
+    tier: str | None = None
+
+    @property
+    def full_seconds(self) -> float | None:
+        """What the uncut training is predicted to take; None where nothing was trained."""
+        if not self.trained_examples:
+            return None if self.full_examples else 0.0
+        return self.train_seconds * self.full_examples / self.trained_examples
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Bench(Protocol):
+    """What a search needs of its workbench; steps are those after the baseline's own."""
+
+    def baseline(self) -> Any: ...
+    def estimate(self, steps: Steps) -> Result: ...
+    def full(self, steps: Steps) -> Result: ...
+    def compare(self, names: Sequence[str]) -> dict[str, Any]: ...
+
+
+class Workbench:
+    """The real one: models, data and measurements, in a run folder.
+
+    budget: what an estimate may train. validation: rows on which recipes are compared while the search goes;
+    test: rows of the last measurement, None for all. tune: steps that make the baseline of the loaded model,
+    None to fine-tune only where the head is new.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Any,
+        task: Any,
+        infos: Mapping[str, MethodInfo],
+        *,
+        recipe: Recipe,
+        tokenizer: Any = None,
+        tune: Steps | None = None,
+        budget: Budget,
+        validation: int | None,
+        test: int | None,
+        batch_size: int,
+        runtime: str,
+        device: Any,
+        progress: bool,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.trust = trust_remote_code
+        self.folder, self.source, self.task, self.infos = folder, model, task, infos
+        self.recipe, self.given_tokenizer, self.tune = recipe, tokenizer, tune
+        self.budget, self.validation, self.test = budget, validation, test
+        self.timing: dict[str, Any] = {"batch_size": batch_size, "runtime": runtime, "seed": recipe.seed}
+        self.device, self.progress = device, progress
+        self._prefixes: OrderedDict[str, Subject] = OrderedDict()
+        self.model: Any = None
+
+    # -- the baseline --------------------------------------------------------------------------------------
+    def baseline(self) -> Any:
+        """Make or load what all others are compared with; returns its Measurement on the test rows."""
+        from leanformers.measure import Measurement
+        from leanformers.training import Teacher
+
+        place = self.folder / BASELINE
+        with FileLock(self.folder / "locks" / "baseline.lock"):  # of two processes one trains, one waits
+            if not (place / "measurement.json").is_file():
+                self._make_baseline(place)
+        self.recipe = Recipe.load(place)
+        # Read back even when just made, so that a run that goes on has the very same model.
+        model, self.tokenizer = self._load(place)
+        self.model = model.to(self.device).eval()
+        attach_reference(self.task, self.model, self.tokenizer)
+        self.teacher = Teacher(self.model, self.task, self.tokenizer, folder=self.folder / "teacher")
+        self._reference = Measurement.from_json(json.loads((place / "validation.json").read_text()))
+        return Measurement.from_json(json.loads((place / "measurement.json").read_text()))
+
+    def _load(self, folder: Path) -> tuple[Any, Any]:
+        return load_model(str(folder), self.task, trust_remote_code=self.trust)
+
+    def _make_baseline(self, place: Path) -> None:
+        from leanformers.measure import measure
+        from leanformers.tasks import has_new_head
+
+        seed_everything(self.recipe.seed)  # a new head starts from random numbers
+        model, tokenizer = load_model(
+            self.source, self.task, self.given_tokenizer, self.recipe.dtype, trust_remote_code=self.trust
+        )
+        tune = self.tune
+        if tune is None:
+            tune = [{"method": "fine-tune"}] if has_new_head(model) else []
+        if model is self.source or (isinstance(self.source, tuple) and model is self.source[0]):
+            model = copy.deepcopy(model)
+        subject = self._subject(model.to(self.device), tokenizer)
+        with folders.whole(place, keep=True) as partial:
+            attach_reference(self.task, subject.model, tokenizer)
+            execute(tune, subject, folder=partial / "training")
+            attach_reference(self.task, subject.model, subject.tokenizer)
+            save_checkpoint(partial, subject.model, subject.tokenizer, self.task)
+            provenance(partial, replace(self.recipe, steps=tuple(tune)))
+            pair = (subject.model, subject.tokenizer)
+            whole = measure(pair, self.task, folder=partial, limit=self.test, **self.timing)
+            part = measure(
+                pair, self.task, folder=partial, limit=self.validation, split="validation", **self._quick()
+            )
+            folders.write_json(partial / "validation.json", part.to_json())
+            folders.write_json(partial / "measurement.json", whole.to_json())
+            _remove(partial / "training")
+
+    def _quick(self) -> dict[str, Any]:
+        return {**self.timing, "batches": 4, "seconds": 1.5}
+
+    def _subject(self, model: Any, tokenizer: Any, **more: Any) -> Subject:
+        return Subject(
+            model=model,
+            tokenizer=tokenizer,
+            task=self.task,
+            device=self.device,
+            seed=self.recipe.seed,
+            progress=self.progress,
+            **more,
+        )
+
+    def _fresh(self, budget: Budget | None) -> Subject:
+        return self._subject(
+            copy.deepcopy(self.model), copy.deepcopy(self.tokenizer), teacher=self.teacher, budget=budget
+        )
+
+    # -- an estimate ---------------------------------------------------------------------------------------
+    def estimate(self, steps: Steps) -> Result:
+        """The recipe with its training cut to the budget; costs are exact, quality is on part of the rows."""
+        start = time.perf_counter()
+        try:
+            subject = self._after_prefix(steps)
+            execute(steps[trained_prefix(self.infos, steps) :], subject)
+            return self._measured(subject, start)
+        finally:
+            _free()
+
+    def _after_prefix(self, steps: Steps) -> Subject:
+        """The subject after the last step that trains, from memory where a recipe began alike."""
+        count = trained_prefix(self.infos, steps)
+        if count == 0:
+            return self._fresh(self.budget)
+        key = key_of(steps[:count])
+        if key not in self._prefixes:
+            self._prefixes[key] = execute(steps[:count], self._fresh(self.budget))
+        self._prefixes.move_to_end(key)
+        while len(self._prefixes) > _PREFIXES:
+            self._prefixes.popitem(last=False)
+        kept = self._prefixes[key]
+        return replace(
+            kept,
+            model=copy.deepcopy(kept.model),
+            tokenizer=copy.deepcopy(kept.tokenizer),
+            notes=copy.deepcopy(kept.notes),
+        )
+
+    def _measured(self, subject: Subject, start: float, folder: Path | None = None) -> Result:
+        from leanformers.measure import measure
+        from leanformers.surgery import tier
+
+        found = measure(
+            (subject.model, subject.tokenizer),
+            self.task,
+            split="validation",
+            limit=self.validation,
+            baseline=(self.model, self.tokenizer),
+            folder=folder,
+            **self._quick(),
+        )
+        if found.quality is None or not math.isfinite(found.quality):
+            raise FloatingPointError(f"its quality is not a number ({found.quality})")
+        return Result(
+            measurement=found.to_json(),
+            ratios=found.ratios(self._reference),
+            seconds=time.perf_counter() - start,
+            train_seconds=subject.trained_seconds,
+            trained_examples=subject.trained_examples,
+            full_examples=subject.full_examples,
+            tier=tier(subject.model),
+        )
+
+    # -- in full -------------------------------------------------------------------------------------------
+    def full(self, steps: Steps) -> Result:
+        """Run a recipe uncut and keep its checkpoint; one that begins with a trained one goes on from it."""
+        name = name_of(steps, key_of(steps))
+        place = self.folder / "finals" / name
+        with FileLock(self.folder / "locks" / f"final-{name}.lock"):
+            if (place / RESULT).is_file():
+                return Result(**json.loads((place / RESULT).read_text()))
+            start = time.perf_counter()
+            count = trained_prefix(self.infos, steps)
+            subject = self._fresh(None)
+            if 0 < count < len(steps):
+                self.full(steps[:count])
+                begun = self.folder / "finals" / name_of(steps[:count], key_of(steps[:count]))
+                model, subject.tokenizer = self._load(begun)
+                subject.model = model.to(self.device)
+            else:
+                count = 0
+            try:
+                with folders.whole(place, keep=True) as partial:
+                    execute(steps[count:], subject, folder=partial / "training")
+                    save_checkpoint(partial, subject.model, subject.tokenizer, self.task)
+                    recipe = replace(self.recipe, steps=(*self.recipe.steps, *steps))
+                    provenance(partial, recipe, subject.notes)
+                    _remove(partial / "training")
+                    result = self._measured(subject, start, partial)
+                    folders.write_json(partial / "steps.json", steps)
+                    folders.write_json(partial / RESULT, result.to_json())
+                return result
+            finally:
+                _free()
+
+    # -- the last measurement ------------------------------------------------------------------------------
+    def compare(self, names: Sequence[str]) -> dict[str, Any]:
+        """Measure the baseline and these finals on the test rows, timed interleaved: name -> Measurement."""
+        from leanformers.measure import compare
+
+        models: dict[str, Any] = {BASELINE: (self.model, self.tokenizer)}
+        places: dict[str, Any] = {BASELINE: self.folder / BASELINE}
+        for name in names:
+            places[name] = self.folder / "finals" / name
+            model, tokenizer = self._load(places[name])
+            models[name] = (model.to(self.device), tokenizer)
+        try:
+            return compare(models, self.task, folders=places, limit=self.test, **self.timing)
+        finally:
+            models.clear()
+            _free()
+
+
+def check_steps(tune: Any) -> Steps | None:
+    """What `tune=` means: "auto" (and None) where it is needed, True and settings always, False never."""
+    if tune is None or tune == "auto":
+        return None
+    if tune is False:
+        return []
+    step = {"method": "fine-tune"} if tune is True else dict(tune) | {"method": "fine-tune"}
+    if not isinstance(tune, bool | Mapping):
+        raise LeanError(f"tune is 'auto', true, false or settings of the method 'fine-tune', not {tune!r}")
+    return list(Recipe(steps=(step,)).check().steps)  # type: ignore[arg-type]
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,251 @@
+"""The end of a search: the last measurement, the non-dominated points as folders, a record of the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from leanformers import folders
+from leanformers.frontier.bench import BASELINE, RESULT, Bench, Result
+from leanformers.frontier.card import model_card
+from leanformers.frontier.goals import Goal
+from leanformers.frontier.pareto import dominates, non_dominated, spread
+from leanformers.frontier.result import Frontier, Point, minimised
+from leanformers.frontier.search import Search
+from leanformers.frontier.select import reference_of
+from leanformers.frontier.space import Steps, name_of, trained_prefix
+from leanformers.recipe import Recipe
+
+if TYPE_CHECKING:
+    from leanformers.measure import Measurement
+
+_OWN = {"steps.json", RESULT}  # of the search, not of a point
+
+
+def points_of(
+    search: Search, bench: Bench, recipe: Recipe, baseline: Measurement
+) -> tuple[Point, list[Point]]:
+    """The baseline and all that was tried, measured once more side by side where it was run in full.
+
+    recipe: the baseline's, to which a point's steps are added. A second Ctrl-C skips the measurement; the
+    points then carry what was measured on the validation rows while the search went.
+    """
+    saved = search.all_saved()
+    results = {name: search.saved(steps) for name, steps in saved.items()}
+    known = {name: result for name, result in results.items() if result is not None}
+    names = list(known)
+    vectors = [minimised(known[name].ratios, search.objectives) for name in names]
+    corner = reference_of(search.goals, search.objectives)
+    kept = spread(vectors, search.effort.points, corner) or non_dominated(vectors)[: search.effort.points]
+    compared = _compare(bench, [names[i] for i in kept], baseline)
+    first = Point(
+        name=BASELINE,
+        status=BASELINE,
+        recipe=recipe,
+        measurement=compared[BASELINE],
+        ratios=compared[BASELINE].ratios(compared[BASELINE]),
+        folder=search.folder / BASELINE,
+        tier=_tier_of(search.folder / BASELINE),
+    )
+    found = [_measured_point(search, recipe, name, saved[name], known[name], compared) for name in names]
+    found = _ranked(found, first, search.objectives)
+    return first, [*found, *_others(search, recipe, set(saved))]
+
+
+def _compare(bench: Bench, names: Sequence[str], baseline: Measurement) -> dict[str, Measurement]:
+    if not names:
+        return {BASELINE: baseline}
+    try:
+        return bench.compare(names)
+    except KeyboardInterrupt:
+        return {BASELINE: baseline}
+
+
+def _measured_point(
+    search: Search,
+    recipe: Recipe,
+    name: str,
+    steps: Steps,
+    result: Result,
+    compared: Mapping[str, Measurement],
+) -> Point:
+    from leanformers.measure import Measurement
+
+    measured = compared.get(name)
+    ratios = measured.ratios(compared[BASELINE]) if measured is not None else result.ratios
+    measured = measured if measured is not None else Measurement.from_json(result.measurement)
+    return Point(
+        name=name,
+        status="dominated",
+        recipe=replace(recipe, steps=(*recipe.steps, *steps)),
+        measurement=measured,
+        ratios=ratios,
+        folder=search.finals / name,
+        tier=result.tier,
+        meets=meets(search.goals, measured, ratios),
+        seconds=result.seconds,
+    )
+
+
+def _ranked(points: Sequence[Point], baseline: Point, objectives: Sequence[str]) -> list[Point]:
+    """The points with their status: on the frontier, or dominated and by which one."""
+    everyone = [baseline, *points]
+    vectors = [minimised(point.ratios, objectives, digits=2) for point in everyone]
+    winners = set(non_dominated(vectors))
+    ranked = []
+    for place, point in enumerate(points, start=1):
+        if place in winners:
+            ranked.append(replace(point, status="frontier"))
+            continue
+        better = [
+            i
+            for i in sorted(winners)
+            if dominates(vectors[i], vectors[place]) or vectors[i] == vectors[place]
+        ]
+        by = everyone[better[0]].name if better else "another point"
+        ranked.append(replace(point, reason=f"{by} is at least as good in {_list(objectives)}"))
+    return ranked
+
+
+def _others(search: Search, recipe: Recipe, saved: set[str]) -> list[Point]:
+    """Recipes that were estimated alone, and those that failed."""
+    from leanformers.measure import Measurement
+
+    found = []
+    for record in search.store.records():
+        name = name_of(record.steps, record.key)
+        if name in saved or record.state == "running" or (record.state == "cut off"):
+            continue
+        point = Point(
+            name=name, status="failed", recipe=replace(recipe, steps=(*recipe.steps, *record.steps))
+        )
+        failure = search.failure(record.steps)
+        if record.result is None:
+            found.append(replace(point, reason=record.reason or "it failed"))
+            continue
+        result = Result(**record.result)
+        trains = trained_prefix(search.space.infos, record.steps) > 0
+        reason = (
+            "not trained in full: its estimate, after a short training, promised less than those that were"
+            if trains
+            else "not kept: its estimate adds little to the points that were"
+        )
+        found.append(
+            replace(
+                point,
+                status="estimated" if failure is None else "failed",
+                measurement=Measurement.from_json(result.measurement),
+                ratios=result.ratios,
+                tier=result.tier,
+                seconds=result.seconds,
+                reason=reason if failure is None else f"trained in full it failed: {failure}",
+            )
+        )
+    return found
+
+
+def meets(goals: Sequence[Goal], measured: Measurement, ratios: Mapping[str, float]) -> bool | None:
+    """Whether every goal is met; None where there are none."""
+    return all(goal.met(measured.to_json(), ratios) for goal in goals) if goals else None
+
+
+def write_points(folder: Path, points: Sequence[Point], task: Mapping[str, Any]) -> list[Point]:
+    """Put the frontier's checkpoints into `points/`, whole or not at all, and take others out of it.
+
+    The files are hard links to those in `finals/` where the file system has them.
+    """
+    from leanformers.report.snippets import load_lines
+
+    place = folder / "points"
+    place.mkdir(parents=True, exist_ok=True)
+    written = []
+    for point in points:
+        target = place / point.name
+        assert point.folder is not None and point.measurement is not None
+        with folders.whole(target) as partial:
+            shutil.copytree(
+                point.folder,
+                partial,
+                ignore=lambda _, names: [name for name in names if name in _OWN],
+                copy_function=_link,
+                dirs_exist_ok=True,
+            )
+            folders.write_json(partial / "measurement.json", point.measurement.to_json())
+            point = replace(point, folder=target)
+            lines = load_lines(str(target), str(task.get("kind", "")), point.tier)
+            folders.write_text(partial / "README.md", model_card(point, task, lines))
+        written.append(point)
+    for entry in place.iterdir():
+        if entry.name not in {point.name for point in points}:
+            shutil.rmtree(entry, ignore_errors=True)
+    return written
+
+
+def write(frontier: Frontier) -> None:
+    """Write frontier.json and the report."""
+    from leanformers.report import write as write_report
+
+    data = frontier.to_json()
+    with FileLock(frontier.folder / "locks" / "report.lock"):
+        folders.write_json(frontier.folder / "frontier.json", data)
+        with folders.guarding_disk(frontier.folder):
+            write_report(
+                json.loads((frontier.folder / "frontier.json").read_text()), frontier.folder / "report.html"
+            )
+
+
+def reference_points(
+    folder: Path, task: Any, baseline: Measurement, limit: int | None, seed: int
+) -> list[Point]:
+    """TF-IDF with a linear model, where that can do the task: fitted once and kept."""
+    from leanformers.measure import Measurement
+    from leanformers.tasks import tfidf
+
+    path = folder / "reference.json"
+    if not path.is_file():
+        found = tfidf(task, limit=limit, seed=seed)
+        record = None
+        if found is not None:
+            measured = Measurement(
+                parameters=found.parameters,
+                bytes=found.bytes,
+                memory=found.bytes,
+                quality=found.quality,
+                metrics=found.metrics,
+                metric=task.metric,
+                better=task.better,
+                runtime="scikit-learn",
+            )
+            record = {"name": found.name, "measurement": measured.to_json()}
+        folders.write_json(path, record)
+    record = json.loads(path.read_text())
+    if record is None:
+        return []
+    measured = Measurement.from_json(record["measurement"])
+    return [
+        Point(name=record["name"], status="reference", measurement=measured, ratios=measured.ratios(baseline))
+    ]
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _tier_of(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    return "lean" if method == "leanformers" else "stock"
+
+
+def _list(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]

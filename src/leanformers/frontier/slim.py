@@ -1,0 +1,292 @@
+"""`slim`: a whole search, from a model and goals to the frontier on disk."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from leanformers import folders
+from leanformers.errors import LeanError
+from leanformers.execute import task_of
+from leanformers.frontier.bench import BASELINE, Workbench, check_steps
+from leanformers.frontier.conclude import points_of, reference_points, write, write_points
+from leanformers.frontier.goals import objectives, parse_all
+from leanformers.frontier.result import FILE, Frontier
+from leanformers.frontier.search import Effort, Search
+from leanformers.frontier.space import Space
+from leanformers.methods import Budget, MethodInfo, Subject, get, methods
+from leanformers.recipe import DTYPES, Recipe, name_of, spec_of
+
+RUN = "run.json"
+_VERSION = 1
+_log = logging.getLogger(__name__)
+
+
+def slim(
+    model: Any,
+    task: Any,
+    goals: str | Iterable[str] = (),
+    out: str | Path | None = None,
+    *,
+    trials: int = 20,
+    finalists: int = 3,
+    points: int = 8,
+    minutes: float | None = None,
+    seed: int = 0,
+    methods: Sequence[str] | None = None,
+    tokenizer: Any = None,
+    tune: bool | str | Mapping[str, Any] = "auto",
+    estimate: Budget | int = 384,
+    validation: int | None = 512,
+    test: int | None = None,
+    batch_size: int = 16,
+    runtime: str = "torch",
+    dtype: str = "auto",
+    device: Any = None,
+    progress: bool = True,
+    trust_remote_code: bool = False,
+) -> Frontier:
+    """Search for recipes that make the model cheaper at little loss, and keep those that no other beats.
+
+    The model as it is (fine-tuned first where its head is new) is the baseline and the teacher. Each trial
+    is a recipe whose training is cut to `estimate` examples; the most promising are trained in full and
+    measured beside the baseline on the test rows. The same call with the same `out` goes on where it was
+    stopped.
+
+    Args:
+        model: a loaded model, a folder or a name.
+        task: a Task, or what `leanformers.tasks.task` takes.
+        goals: such as "latency<=0.5x", "quality>=0.99x", "bytes<=120MB"; their costs are what is traded
+        against
+            quality (latency and bytes without any).
+        out: the run's folder; by default runs/<model>-<task>.
+        trials: recipes to estimate. finalists: trainings in full. points: checkpoints to keep at most.
+        minutes: wall-clock limit of this call; what is under way is ended.
+        seed: of everything that is drawn. methods: search among these alone.
+        tune: "auto" fine-tunes a model whose head is new; True always, False never, or settings of fine-tune.
+        estimate: training examples of an estimate (0: none), or a Budget. validation: rows that estimates are
+            compared on. test: rows of the last measurement, None for all.
+        batch_size, runtime: of the timing. dtype: of the weights as loaded, "auto" being the checkpoint's
+        own.
+        device: None takes CUDA where there is one.
+        progress: say on stderr what happens.
+
+    Raises:
+        LeanError: bad input, before any training; a full disk.
+        KeyboardInterrupt: Ctrl-C before there is a baseline; later it ends the search with what there is.
+    """
+    start = time.monotonic()
+    the_task = task_of(task)
+    if the_task is None:
+        raise LeanError("a search needs a task: give a packaged name such as 'sentiment', or your own data")
+    wanted = parse_all(goals, the_task.better)
+    effort = _effort(trials, finalists, points, minutes)
+    budget = estimate if isinstance(estimate, Budget) else Budget(examples=_count("estimate", estimate, 0))
+    steps = check_steps(tune)
+    if dtype not in DTYPES:
+        raise LeanError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
+    infos = _chosen(methods)
+    _check_runtime(runtime)
+    recipe = Recipe(model=name_of(model), task=spec_of(task), dtype=dtype, seed=seed)
+    folder = Path(out) if out is not None else Path("runs") / _default_name(recipe, the_task)
+    say = _teller(progress)
+    with folders.guarding_disk(folder):
+        created = _open_run(folder, recipe, the_task, steps)
+        bench = Workbench(
+            folder,
+            model,
+            the_task,
+            infos,
+            recipe=recipe,
+            tokenizer=tokenizer,
+            tune=steps,
+            budget=budget,
+            validation=validation,
+            test=test,
+            batch_size=batch_size,
+            runtime=runtime,
+            device=device if device is not None else _device(),
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+        )
+        if not (folder / BASELINE / "measurement.json").is_file():
+            say("baseline: the model as it is, fine-tuned where its head is new")
+        baseline = bench.baseline()
+        say(f"baseline: {the_task.metric} {baseline.quality:.4g}, {baseline.parameters:,} parameters")
+        references = reference_points(folder, the_task, baseline, test, seed)
+        suited, skipped = _suited(infos, bench, explicit=methods is not None)
+        space = Space(list(suited.values()))
+        search = Search(folder, bench, space, wanted, objectives(wanted), effort, seed=seed, say=say)
+        search.start = start
+        status = "complete"
+        try:
+            search.explore()
+            search.confirm()
+        except KeyboardInterrupt:
+            status = "interrupted"
+            say("interrupted: measuring what there is (Ctrl-C again to leave that out)")
+        return _conclude(search, bench, baseline, references, skipped, status, created, start)
+
+
+def _conclude(
+    search: Search,
+    bench: Workbench,
+    baseline: Any,
+    references: Sequence[Any],
+    skipped: Mapping[str, str],
+    status: str,
+    created: str,
+    start: float,
+) -> Frontier:
+    """Measure, write and describe what there is."""
+    from leanformers.measure import environment
+
+    folder = search.folder
+    task = bench.task.describe() if hasattr(bench.task, "describe") else {"name": bench.task.name}
+    task = {"name": bench.task.name, "kind": bench.task.kind, "better": bench.task.better, **task}
+    with FileLock(folder / "locks" / "conclude.lock"):
+        first, tried = points_of(search, bench, bench.recipe, baseline)
+        winners = write_points(folder, [point for point in tried if point.status == "frontier"], task)
+        before = json.loads((folder / FILE).read_text()) if (folder / FILE).is_file() else {}
+        frontier = Frontier(
+            folder=folder,
+            model=str(bench.recipe.model),
+            task=task,
+            goals=search.goals,
+            objectives=search.objectives,
+            baseline=first,
+            references=tuple(references),
+            points=tuple(winners),
+            trials=tuple(point for point in tried if point.status != "frontier"),
+            skipped=skipped,
+            status=status,
+            seed=bench.recipe.seed,
+            seconds=time.monotonic() - start + float(before.get("seconds") or 0.0),
+            created=created,
+            environment=environment(),
+        )
+        write(frontier)
+    return frontier
+
+
+def _open_run(folder: Path, recipe: Recipe, task: Any, tune: Any) -> str:
+    """Make the run folder or go on in it; returns when it was made (ISO 8601).
+
+    Raises:
+        LeanError: the folder holds something else, or the search of another model, task or seed.
+    """
+    folders.check_output(folder, _is_run, "a run of leanformers slim")
+    ours = {
+        "leanformers": _VERSION,
+        "model": recipe.model,
+        "task": task.fingerprint,
+        "seed": recipe.seed,
+        "dtype": recipe.dtype,
+        "tune": tune,
+    }
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    (folder / "locks").mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "locks" / "run.lock"):
+        if not (folder / RUN).is_file():
+            folders.write_json(folder / RUN, {**ours, "task_name": task.name, "created": now})
+            return now
+        theirs = json.loads((folder / RUN).read_text())
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            shown = (theirs.get("task_name"), task.name) if name == "task" else (theirs.get(name), value)
+            other = (
+                "with other data or settings" if shown[0] == shown[1] else f"{shown[0]!r}, not {shown[1]!r}"
+            )
+            raise LeanError(f"{folder} holds a search whose {name} is {other}: choose another --out")
+    return str(theirs["created"])
+
+
+def _is_run(folder: Path) -> bool:
+    """A run's folder, or one whose making was cut off before run.json."""
+    return (folder / RUN).is_file() or {entry.name for entry in folder.iterdir()} <= {"locks"}
+
+
+def _chosen(names: Sequence[str] | None) -> dict[str, MethodInfo]:
+    """The methods to search among; LeanError for an unknown one."""
+    if names is None:
+        return methods()
+    names = [names] if isinstance(names, str) else list(names)
+    found = {name: get(name) for name in names}
+    return {**{slug: info for slug, info in methods().items() if info.stage == "prepare"}, **found}
+
+
+def _suited(
+    infos: Mapping[str, MethodInfo], bench: Workbench, *, explicit: bool
+) -> tuple[dict[str, MethodInfo], dict[str, str]]:
+    """Methods that suit the baseline and the task, and why the others do not.
+
+    Raises:
+        LeanError: one that was asked for by name does not suit, or none does.
+    """
+    from leanformers.anatomy import Anatomy
+
+    anatomy = Anatomy.of(bench.model)
+    subject = Subject(model=bench.model, tokenizer=bench.tokenizer, task=bench.task, teacher=bench.teacher)
+    suited, skipped = {}, {}
+    for slug, info in infos.items():
+        reason = info.missing(subject) or info.unsuitable(anatomy, bench.task)
+        if reason is None:
+            suited[slug] = info
+        elif explicit and info.stage != "prepare":
+            raise LeanError(reason)
+        else:
+            skipped[slug] = reason
+    if not any(info.stage != "prepare" for info in suited.values()):
+        raise LeanError("no method suits this model and task: " + "; ".join(skipped.values()))
+    return suited, skipped
+
+
+def _effort(trials: int, finalists: int, points: int, minutes: float | None) -> Effort:
+    if minutes is not None and not minutes > 0:
+        raise LeanError(f"minutes must be above 0, not {minutes!r}")
+    return Effort(
+        trials=_count("trials", trials, 1),
+        finalists=_count("finalists", finalists, 0),
+        points=_count("points", points, 1),
+        minutes=minutes,
+    )
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise LeanError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    return value
+
+
+def _check_runtime(name: str) -> None:
+    from leanformers.runtimes import check
+
+    check(name)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _default_name(recipe: Recipe, task: Any) -> str:
+    text = f"{Path(str(recipe.model)).name}-{task.name}"
+    return "".join(c if c.isalnum() or c in "-._" else "-" for c in text).strip("-.") or "run"
+
+
+def _teller(progress: bool) -> Callable[[str], None]:
+    """Where the course of the search is told: stderr, or the log."""
+    if not progress:
+        return _log.info
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    return lambda text: console.print(text, markup=False)

@@ -1,0 +1,1 @@
+"""Methods that train: for the task, or with few parameters."""

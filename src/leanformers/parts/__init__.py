@@ -1,0 +1,24 @@
+"""Modules that an edit can put in place of a model's own.
+
+Every part is built from shapes alone (`Part.like(old, …)`, on any device, meta included) and filled by
+`carry(old)`. Its tensors are plain parameters and buffers, so that safetensors holds them and a loader
+can fill an empty part by name.
+"""
+
+from leanformers.parts.linear import LowRankLinear
+from leanformers.parts.masked import MaskedLinear
+from leanformers.parts.quantised import QuantisedLinear
+from leanformers.parts.quantised_embedding import (
+    QuantisedEmbedding,
+    TiedQuantisedEmbedding,
+    TiedQuantisedHead,
+)
+
+__all__ = [
+    "LowRankLinear",
+    "MaskedLinear",
+    "QuantisedEmbedding",
+    "QuantisedLinear",
+    "TiedQuantisedEmbedding",
+    "TiedQuantisedHead",
+]

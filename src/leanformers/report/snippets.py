@@ -1,0 +1,40 @@
+"""The lines of Python that load a point and use it; they work when pasted."""
+
+from __future__ import annotations
+
+SENTENCE = "A warm and funny film."
+
+TIERS = {
+    "stock": "transformers alone loads it",
+    "lean": "loads after import leanformers",
+    "runtime": "an exported folder, loaded by its runtime",
+}
+"""What each tier asks of the one who loads a point."""
+
+
+def load_lines(folder: str, kind: str, tier: str | None = "lean") -> list[str]:
+    """Two lines of Python that load the checkpoint in `folder` and use it on a sentence.
+
+    kind: the task's. A stock checkpoint is loaded without importing leanformers.
+    """
+    imports = "import " if tier == "stock" else "import leanformers, "
+    if kind == "embedding":
+        return [
+            f"{imports}sentence_transformers",
+            f"print(sentence_transformers.SentenceTransformer({folder!r}).encode({SENTENCE!r}))",
+        ]
+    if kind == "causal-lm":
+        return [
+            f"{imports}transformers",
+            f"print(transformers.pipeline('text-generation', {folder!r})('Return the', max_new_tokens=20))",
+        ]
+    if kind == "masked-lm":
+        return [
+            f"{imports}transformers; fill = transformers.pipeline('fill-mask', {folder!r})",
+            "print(fill(f'This film is {fill.tokenizer.mask_token}.'))",
+        ]
+    options = ", function_to_apply='none'" if kind == "text-regression" else ""
+    return [
+        f"{imports}transformers",
+        f"print(transformers.pipeline('text-classification', {folder!r}{options})({SENTENCE!r}))",
+    ]

@@ -1,0 +1,108 @@
+"""Drop layers: keep some layers of a stack, in their order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from leanformers.anatomy import Anatomy, linear_flops
+from leanformers.anatomy.flops import block_rows
+from leanformers.errors import LeanError
+from leanformers.surgery.config import set_field
+from leanformers.surgery.edit import Cost, Edit, edit
+
+
+@edit("drop_layers")
+@dataclass(frozen=True, kw_only=True)
+class DropLayers(Edit):
+    """Keep the layers ``keep`` (ascending indices) of ``stack``; the rest is gone, config included."""
+
+    keep: tuple[int, ...]
+    stack: str = ""
+
+    def _stack(self, anatomy: Anatomy) -> str:
+        if self.stack:
+            return self.stack
+        if len(anatomy.stacks) > 1:
+            raise LeanError(
+                f'{type(anatomy.model).__name__} has an encoder and a decoder: say which with stack="encoder".'
+            )
+        return next(iter(anatomy.stacks))
+
+    def _check(self, anatomy: Anatomy) -> str:
+        stack = self._stack(anatomy)
+        anatomy.stack_paths(stack)
+        count = len(anatomy.stacks[stack])
+        ascending = all(a < b for a, b in zip(self.keep, self.keep[1:], strict=False))
+        if not self.keep or not ascending or self.keep[0] < 0 or self.keep[-1] >= count:
+            raise LeanError(
+                f"keep={list(self.keep)} does not name layers of the {stack}: give ascending indices below {count}, at least one."
+            )
+        return stack
+
+    def apply(self, anatomy: Anatomy, **tensors: object) -> None:
+        stack = self._check(anatomy)
+        paths = anatomy.stack_paths(stack)
+        layers = anatomy.stacks[stack]
+        first = layers[0].attention.module
+        kept = [layers[index].module for index in self.keep]
+        parent, _, name = paths.layers.rpartition(".")
+        owner = anatomy.module(parent) if parent else anatomy.base
+        setattr(owner, name, nn.ModuleList(kept))
+        for index, layer in enumerate(kept):
+            for module in layer.modules():
+                if isinstance(getattr(module, "layer_idx", None), int):
+                    module.layer_idx = index
+        moved = layers[self.keep[0]].attention.module
+        if moved is not first and getattr(first, "has_relative_attention_bias", False):
+            # T5 keeps the bias of the whole stack in its first layer.
+            moved.relative_attention_bias = first.relative_attention_bias
+            moved.has_relative_attention_bias = True
+        self._set_config(anatomy, owner, paths.num_layers)
+
+    def _set_config(self, anatomy: Anatomy, owner: nn.Module, fields: tuple[str, ...]) -> None:
+        configs = [anatomy.model.config, anatomy.base.config, anatomy.config, getattr(owner, "config", None)]
+        seen: set[int] = set()
+        for config in configs:
+            if config is None or id(config) in seen:
+                continue
+            seen.add(id(config))
+            own = (
+                ("num_layers",)
+                if config is not anatomy.model.config and "num_decoder_layers" in fields
+                else fields
+            )
+            for field in own:
+                if hasattr(config, field):
+                    set_field(anatomy.model, config, field, len(self.keep))
+            if types := getattr(config, "layer_types", None):
+                set_field(anatomy.model, config, "layer_types", [types[index] for index in self.keep])
+            if stages := getattr(config, "stage_names", None):  # vision backbones name every layer
+                names = stages[: len(self.keep) + 1]
+                set_field(anatomy.model, config, "stage_names", names)
+                set_field(anatomy.model, config, "_out_features", names[-1:])
+                set_field(anatomy.model, config, "_out_indices", [len(names) - 1])
+
+    def cost(self, anatomy: Anatomy) -> Cost:
+        stack = self._check(anatomy)
+        rows = block_rows(anatomy)
+        total = Cost()
+        for layer in anatomy.stacks[stack]:
+            if layer.index in self.keep:
+                continue
+            shared = getattr(layer.attention.module, "relative_attention_bias", None)
+            own = sum(p.numel() for p in layer.module.parameters()) + sum(
+                module.qdata.numel() for module in layer.module.modules() if hasattr(module, "qdata")
+            )
+            own -= sum(p.numel() for p in shared.parameters()) if isinstance(shared, nn.Module) else 0
+            total += Cost(parameters=-own)
+            for path, count in rows.items():
+                if path.startswith(layer.path + "."):
+                    flops = linear_flops(anatomy.module(path))
+                    total += Cost(per_token=-flops * count.per_token, per_sequence=-flops * count.per_sequence)
+            for attention in layer.attentions():
+                width = attention.num_attention_heads * attention.head_dim
+                bias = 2 * attention.position_terms * attention.positions * width
+                total += Cost(per_pair=-4 * width, per_token=-bias)
+        return total

@@ -1,0 +1,321 @@
+"""From whatever names a model to (model, tokenizer), with the head that the task needs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LeanError
+from .cache import quiet
+from .checkpoints import MODELS, checkpoint
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from .base import Task
+
+logger = logging.getLogger(__name__)
+
+AUTO = {  # task kind -> Auto class
+    "text-classification": "AutoModelForSequenceClassification",
+    "text-regression": "AutoModelForSequenceClassification",
+    "embedding": "AutoModel",
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+}
+
+
+def load(
+    source: Any,
+    task: Task | None = None,
+    dtype: torch.dtype | str | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in eval mode with its tokenizer.
+
+    Args:
+        source: a loaded model, a pair (model, tokenizer), a folder (a sentence-transformers folder too),
+            "minilm" or "smollm2", or a hub name.
+        task: decides the head; None takes the class that the checkpoint was saved from.
+        dtype: None: float32, which trains and is the fast one on most CPUs; "auto": the checkpoint's own.
+        trust_remote_code: as in `from_pretrained`; code from a checkpoint never runs without it.
+
+    Raises:
+        LeanError: no such model, or one whose architecture the task cannot use.
+    """
+    if isinstance(source, tuple):
+        model, tokenizer = source
+        return _checked(model, task), _with_padding(tokenizer, model)
+    if hasattr(source, "config") and hasattr(source, "forward"):
+        path = getattr(source.config, "_name_or_path", "") or getattr(source, "name_or_path", "")
+        if not path:
+            raise LeanError(
+                "The model does not say where its tokenizer is; pass the pair (model, tokenizer)."
+            )
+        return _checked(source, task), _with_padding(_tokenizer(path, trust_remote_code), source)
+
+    import torch
+
+    path = _resolve(source)
+    config = _config(path, trust_remote_code)
+    if task is not None:
+        check_architecture(config, task, str(source))
+    tokenizer = _tokenizer(path, trust_remote_code)
+    wanted: dict[str, Any] = {"dtype": torch.float32 if dtype is None else dtype}
+    if trust_remote_code:
+        wanted["trust_remote_code"] = True
+    permutation = None
+    if task is not None and task.kind in ("text-classification", "text-regression"):
+        head, permutation = _head(config, task)
+        wanted |= head
+    model, info = _weights(_auto(config, task), path, wanted)
+    _check_weights(model, info, task, str(source))
+    if permutation is not None:
+        _permute_head(model, permutation)
+    if task is not None and task.kind == "embedding":
+        _note_pooling(model, Path(path))
+    return _checked(model, task), _with_padding(tokenizer, model)
+
+
+def has_new_head(model: PreTrainedModel) -> bool:
+    """Whether `load` started the task's head from random numbers: the model needs fine-tuning first."""
+    return bool(getattr(model, "_leanformers_new_head", False))
+
+
+def check_architecture(config: PretrainedConfig, task: Task, name: str) -> None:
+    """Refuse an architecture that the task cannot use.
+
+    Raises:
+        LeanError: says which architecture would do.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    kind, family = task.kind, config.model_type
+    causal = family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = family in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    remote = bool(getattr(config, "auto_map", None))
+    if kind in ("causal-lm", "masked-lm") and getattr(config, "is_encoder_decoder", False):
+        raise LeanError(
+            f"{name} ({family}) is an encoder-decoder, and task {task.name} is {kind}: choose a decoder."
+        )
+    if kind == "causal-lm" and (masked or not causal) and not remote:
+        raise LeanError(
+            f"{name} ({family}) is an encoder, which cannot do the language-modelling task {task.name} "
+            "(causal-lm): choose a decoder such as smollm2, or a masked-lm task."
+        )
+    if kind == "masked-lm" and not masked and not remote:
+        raise LeanError(
+            f"{name} ({family}) is no masked language model, which task {task.name} (masked-lm) needs: "
+            "choose an encoder such as BERT, or a causal-lm task."
+        )
+    if (
+        kind.startswith("text-")
+        and family not in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+        and not remote
+    ):
+        raise LeanError(
+            f"{name} ({family}) has no classification head in transformers, which task {task.name} needs."
+        )
+    longest = _positions(config)
+    if longest is not None and task.max_length > longest:
+        raise LeanError(
+            f"Task {task.name} has max_length {task.max_length}, and {name} ({family}) reads at most "
+            f"{longest} tokens: pass max_length={longest}."
+        )
+
+
+def _positions(config: PretrainedConfig) -> int | None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    offset = config.model_type in (
+        "roberta",
+        "xlm-roberta",
+        "camembert",
+        "mpnet",
+        "xmod",
+        "longformer",
+        "ibert",
+    )
+    return positions - 2 if offset else positions  # these number positions from padding_idx + 1
+
+
+def _resolve(source: Any) -> str:
+    if not isinstance(source, str | Path):
+        raise LeanError(f"A model is a loaded model, a folder or a name, not a {type(source).__name__}.")
+    name = str(source)
+    if name in MODELS:
+        return str(checkpoint(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return str(path)
+        if (path / "0_Transformer" / "config.json").is_file():  # sentence-transformers before 2.0
+            return str(path / "0_Transformer")
+        raise LeanError(
+            f"{name} is no model: the directory has no config.json; give the folder that was saved."
+        )
+    if path.exists():
+        raise LeanError(f"{name} is a file; give the folder that holds config.json and the weights.")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
+        raise LeanError(f"There is no folder {name}; give a folder that holds config.json and the weights.")
+    return name
+
+
+def _sentence(error: BaseException) -> str:
+    """The first line of an error of somebody else."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _config(path: str, trust_remote_code: bool) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        if Path(path).is_dir():
+            raise LeanError(f"The config.json of {path} cannot be read ({_sentence(error)}).") from error
+        raise LeanError(
+            f"There is no model {path}: it is no folder, none of {', '.join(MODELS)}, and the hub did not "
+            f"give it ({_sentence(error)})."
+        ) from error
+
+
+def _tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise LeanError(
+            f"{path} has no tokenizer that can be read ({_sentence(error)}); save one there, or pass the "
+            "pair (model, tokenizer)."
+        ) from error
+
+
+def _auto(config: PretrainedConfig, task: Task | None) -> Any:
+    import transformers
+
+    if task is not None:
+        return getattr(transformers, AUTO[task.kind])
+    saved = (config.architectures or ["AutoModel"])[0]
+    return getattr(transformers, saved, transformers.AutoModel)
+
+
+def _weights(auto: Any, path: str, wanted: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    from safetensors import SafetensorError
+
+    try:
+        with quiet():  # missing and mismatched tensors are looked at in _check_weights
+            return auto.from_pretrained(path, output_loading_info=True, **wanted)
+    except LeanError:
+        raise
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        raise LeanError(f"The model in {path} cannot be loaded ({_sentence(error)}).") from error
+
+
+def _head(config: PretrainedConfig, task: Task) -> tuple[dict[str, Any], list[int] | None]:
+    """Arguments that give the head its size, and which of its rows is which label if the order differs."""
+    if task.kind == "text-regression":
+        return {
+            "num_labels": 1,
+            "problem_type": "regression",
+            "ignore_mismatched_sizes": config.num_labels != 1,
+        }, None
+    labels = task.labels or []
+    names = [str(name) for _, name in sorted((config.id2label or {}).items())]
+    permutation = None
+    if names != labels and sorted(names) == sorted(labels):
+        permutation = [names.index(label) for label in labels]
+    head: dict[str, Any] = {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "problem_type": "single_label_classification",
+    }
+    if config.num_labels != len(labels):
+        head["ignore_mismatched_sizes"] = True
+    return head, permutation
+
+
+def _permute_head(model: PreTrainedModel, permutation: list[int]) -> None:
+    """Bring the rows of a trained classification head into the task's order of labels."""
+    import torch
+
+    last = [
+        m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == len(permutation)
+    ][-1]
+    with torch.no_grad():
+        last.weight.copy_(last.weight[permutation])
+        if last.bias is not None:
+            last.bias.copy_(last.bias[permutation])
+
+
+def _check_weights(model: PreTrainedModel, info: dict[str, Any], task: Task | None, name: str) -> None:
+    missing = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
+    prefix = model.base_model_prefix + "."
+    is_base = model.base_model is model
+    body = [key for key in missing if (is_base or key.startswith(prefix)) and "pooler" not in key]
+    if body:
+        raise LeanError(
+            f"{name} lacks {len(body)} tensors that {type(model).__name__} needs (first: {body[0]}); it "
+            "was saved from another architecture or is incomplete."
+        )
+    head = [key for key in missing if "pooler" not in key]
+    if head and task is not None and task.kind in ("causal-lm", "masked-lm"):
+        raise LeanError(
+            f"{name} has no language-modelling head ({head[0]} is missing), which task {task.name} needs: "
+            "choose a checkpoint that was saved with one."
+        )
+    model._leanformers_new_head = bool(head)  # type: ignore[assignment]
+    if head:
+        logger.info("%s: the head starts untrained (%s)", name, ", ".join(head))
+
+
+def _note_pooling(model: PreTrainedModel, folder: Path) -> None:
+    """Take over how a sentence-transformers folder pools; the mean is what is done otherwise."""
+    from .embedding import POOLING, pooling_of
+
+    if not (folder / "modules.json").is_file():
+        return
+    for module in json.loads((folder / "modules.json").read_text()):
+        part = str(module.get("type", "")).rsplit(".", 1)[-1]
+        if part not in ("Transformer", "Pooling", "Normalize"):
+            raise LeanError(
+                f"{folder} ends in a {part} module after its pooling, which leanformers does not keep."
+            )
+    mode = pooling_of(folder)
+    if mode not in POOLING:
+        raise LeanError(f"{folder} pools by {mode!r}; leanformers knows {', '.join(POOLING)}.")
+    if mode != "mean":
+        model.config.sentence_pooling = mode
+
+
+def _checked(model: PreTrainedModel, task: Task | None) -> PreTrainedModel:
+    if task is not None:
+        check_architecture(model.config, task, model.config._name_or_path or type(model).__name__)
+        labels = len(task.labels or [])
+        if task.kind == "text-classification" and model.config.num_labels != labels:
+            raise LeanError(
+                f"The model's head has {model.config.num_labels} labels and task {task.name} has "
+                f"{labels}: load it with the task, or give its folder."
+            )
+    return model.eval()
+
+
+def _with_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """Decoders often have no padding token: the end-of-text token serves, since the mask covers it."""
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise LeanError(
+                "The tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer

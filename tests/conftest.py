@@ -1,0 +1,36 @@
+"""What all tests share: a quiet, offline, reproducible process."""
+
+from __future__ import annotations
+
+import os
+
+# Before any test imports the packages that read these.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """The same random numbers whatever ran before; torch only where it is loaded anyway."""
+    random.seed(0)
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "manual_seed"):
+        torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture
+def root() -> Path:
+    """The checkout."""
+    return ROOT

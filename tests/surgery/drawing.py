@@ -1,0 +1,92 @@
+"""Edits that fit a model, drawn from a random generator: what the surgery tests are parametrised over."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from leanformers.anatomy import Anatomy, linear_shape
+from leanformers.surgery import (
+    DropLayers,
+    Edit,
+    FactoriseLinear,
+    KeepHeads,
+    KeepNeurons,
+    KeepVocabulary,
+    MaskWeights,
+    QuantiseEmbeddings,
+    QuantiseLinear,
+)
+
+Draw = tuple[Edit, dict[str, Any]]
+KINDS = (
+    "drop_layers",
+    "keep_heads",
+    "keep_neurons",
+    "keep_vocabulary",
+    "factorise_linear",
+    "mask_weights",
+    "mask_weights_2_4",
+    "quantise_linear",
+    "quantise_linear_dynamic",
+    "quantise_embeddings",
+)
+SPECIAL = 16  # ids below it stay: the tests' inputs and the configs' special tokens
+
+
+def draw(model: Any, kind: str, seed: int = 0) -> Draw | None:
+    """An edit of a kind with its tensors, or None where the family has no place for it."""
+    dice, anatomy = random.Random(seed), Anatomy.of(model)
+    layer = dice.choice(anatomy.layers)
+    if kind == "drop_layers":
+        stack = dice.choice(sorted(anatomy.stacks))
+        count = len(anatomy.stacks[stack])
+        keep = sorted(dice.sample(range(count), max(1, count - 1)))
+        return DropLayers(stack=stack, keep=tuple(keep)), {}
+    if kind == "keep_heads":
+        if anatomy.family.shared_position_bias:
+            return None
+        attention = dice.choice(list(layer.attentions()))
+        total = attention.num_key_value_heads
+        keep = sorted(dice.sample(range(total), max(1, total // 2)))
+        return KeepHeads(path=attention.path, size=len(keep)), {"keep": torch.tensor(keep)}
+    if kind == "keep_neurons":
+        part = layer.feed_forward
+        keep = sorted(dice.sample(range(part.intermediate_size), max(1, part.intermediate_size // 2)))
+        return KeepNeurons(path=part.path, size=len(keep)), {"keep": torch.tensor(keep)}
+    if kind == "keep_vocabulary":
+        if not anatomy.is_text:
+            return None
+        total = anatomy.embeddings.weight.shape[0]
+        keep = [*range(SPECIAL), *sorted(dice.sample(range(SPECIAL, total), (total - SPECIAL) // 2))]
+        return KeepVocabulary(size=len(keep)), {"keep": torch.tensor(keep)}
+    if kind == "quantise_embeddings":
+        return (QuantiseEmbeddings(), {}) if anatomy.is_text else None
+    path = dice.choice(sorted(p for p in anatomy.roles if p.startswith(layer.path + ".")))
+    out_features, in_features = linear_shape(anatomy.module(path))
+    if kind == "factorise_linear":
+        return FactoriseLinear(path=path, rank=dice.randint(1, min(out_features, in_features) // 2)), {}
+    if kind == "mask_weights":
+        mask = torch.rand(out_features, in_features, generator=torch.Generator().manual_seed(seed)) > 0.4
+        return MaskWeights(path=path), {"mask": mask}
+    if kind == "mask_weights_2_4":
+        if in_features % 4:
+            return None
+        scores = torch.rand(out_features, in_features // 4, 4, generator=torch.Generator().manual_seed(seed))
+        mask = (
+            torch.zeros_like(scores)
+            .scatter(2, scores.topk(2).indices, 1)
+            .bool()
+            .view(out_features, in_features)
+        )
+        return MaskWeights(path=path, pattern="2:4"), {"mask": mask}
+    scheme = "int8_dynamic" if kind == "quantise_linear_dynamic" else "int8_weight_only"
+    return QuantiseLinear(path=path, scheme=scheme), {}
+
+
+def sequence(model: Any, seed: int, length: int) -> Iterator[str]:
+    """Kinds for a random sequence of edits, in any order."""
+    yield from random.Random(seed).choices(KINDS, k=length)

@@ -1,0 +1,331 @@
+"""The command line: what it prints, and one clear sentence with code 2 for everything a user can mend."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+from sample import sample
+from typer.testing import CliRunner
+
+from leanformers.cli import app
+from leanformers.cli.errors import sentence
+from leanformers.errors import LeanError
+
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> Iterator[None]:
+    """The command line changes the logger of the whole process: put it back."""
+    logger = logging.getLogger("leanformers")
+    before = (logger.level, list(logger.handlers), logger.propagate)
+    yield
+    logger.setLevel(before[0])
+    logger.handlers[:] = before[1]
+    logger.propagate = before[2]
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A labelled CSV of thirty rows."""
+    path = tmp_path / "train.csv"
+    path.write_text("body,topic\n" + "\n".join(f"text number {i},{'ab'[i % 2]}" for i in range(30)) + "\n")
+    return path
+
+
+def refused(*arguments: object) -> str:
+    """The sentence of a command that must end with code 2 and without a traceback."""
+    result = runner.invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
+    assert "Traceback" not in result.output
+    message = result.stderr.strip().splitlines()[-1]  # progress may stand before it
+    assert message.startswith("error: ") and result.stderr.count("error: ") == 1, result.stderr
+    return message.removeprefix("error: ")
+
+
+def test_help_lists_the_commands():
+    result = runner.invoke(app, ["--help"])
+    assert result.exit_code == 0
+    for command in ("slim", "apply", "measure", "methods", "advise"):
+        assert command in result.output
+
+
+def test_version():
+    assert re.fullmatch(r"leanformers \d+\.\d+\.\d+\n", runner.invoke(app, ["--version"]).output)
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------
+
+
+def test_missing_data_file(tmp_path):
+    assert "nowhere.csv" in refused(
+        "slim", "--model", "minilm", "--data", tmp_path / "nowhere.csv", "--label", "topic"
+    )
+
+
+def test_missing_column(table):
+    message = refused("slim", "--model", "minilm", "--data", table, "--text", "boby", "--label", "topic")
+    assert "'boby'" in message and "topic" in message
+
+
+def test_one_class_only(tmp_path):
+    path = tmp_path / "one.csv"
+    path.write_text("text,label\n" + "a text,x\n" * 30)
+    assert "one class only" in refused("slim", "--model", "minilm", "--data", path)
+
+
+def test_empty_rows(tmp_path):
+    path = tmp_path / "empty.csv"
+    path.write_text("text,label\n" + "a text,x\nb,y\n" * 15 + ",x\n")
+    assert "row 31" in refused("slim", "--model", "minilm", "--data", path)
+
+
+def test_label_unseen_in_training(table, tmp_path):
+    other = tmp_path / "test.csv"
+    other.write_text("body,topic\nsomething,c\n")
+    message = refused(
+        "slim", "--model", "minilm", "--data", table, "--text", "body", "--label", "topic", "--test", other
+    )
+    assert "'c'" in message and "test.csv" in message
+
+
+def test_not_utf8(tmp_path):
+    path = tmp_path / "latin.csv"
+    path.write_bytes("text,label\ncafé,x\nthé,y\n".encode("latin-1") * 20)
+    assert "UTF-8" in refused("slim", "--model", "minilm", "--data", path)
+
+
+def test_directory_that_is_no_model(table, tmp_path):
+    (tmp_path / "folder").mkdir()
+    message = refused(
+        "slim", "--model", tmp_path / "folder", "--data", table, "--text", "body", "--label", "topic",
+        "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert "no model" in message and not (tmp_path / "run" / "frontier.json").exists()
+
+
+def test_goal_that_cannot_be_parsed(table, tmp_path):
+    message = refused(
+        "slim", "--model", "minilm", "--data", table, "--text", "body", "--label", "topic", "--goal", "faster please",
+        "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert "'faster please'" in message and "quality" in message
+
+
+def test_output_folder_that_is_no_run(table, tmp_path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.txt").write_text("precious")
+    message = refused(
+        "slim", "--model", "minilm", "--data", table, "--text", "body", "--label", "topic", "--out", taken
+    )
+    assert str(taken) in message and (taken / "thesis.txt").read_text() == "precious"
+
+
+def test_unknown_method_in_a_search(table, tmp_path):
+    message = refused(
+        "slim", "--model", "minilm", "--data", table, "--text", "body", "--label", "topic", "--method", "distilation",
+        "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert "distillation" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("steps: [{method: quantisation}]", "quantization"),
+        ("steps: [{method: quantization, shceme: int8_dynamic}]", "scheme"),
+        ("steps: [{method: quantization, scheme: int3}]", "int8_weight_only"),
+        ("steps: {", "YAML"),
+        ("model: minilm", "steps"),
+    ],
+)
+def test_bad_recipe(text, wanted, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    message = refused("apply", path, "--model", "minilm", "--out", tmp_path / "lean")
+    assert wanted in message and not (tmp_path / "lean").exists()
+
+
+def test_missing_recipe(tmp_path):
+    assert "no.yaml" in refused("apply", tmp_path / "no.yaml", "--out", tmp_path / "lean")
+
+
+def test_unknown_task():
+    assert "sentiment" in refused("measure", "minilm", "--task", "sentimnet")
+
+
+def test_task_and_data_together(table):
+    assert "--data" in refused("measure", "minilm", "--task", "sentiment", "--data", table)
+
+
+def test_columns_without_data():
+    assert "--text" in refused("measure", "minilm", "--text", "body")
+
+
+def test_unknown_method():
+    assert "did you mean 'quantization'" in refused("methods", "quantisation")
+
+
+def test_slim_wants_a_task():
+    result = runner.invoke(app, ["slim", "--model", "minilm"])
+    assert result.exit_code == 2 and "--task" in result.output
+
+
+def test_whole_process_ends_with_code_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "leanformers.cli", "apply", str(tmp_path / "no.yaml"), "--out", str(tmp_path / "x")],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# ---- which errors are sentences ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (LeanError("a\n  sentence"), "a sentence"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x.csv"), "x.csv does not exist: check the path"),
+        (PermissionError(errno.EACCES, "denied", "x.csv"), "x.csv may not be read or written by you: check its permissions"),
+        (IsADirectoryError(errno.EISDIR, "is dir", "x"), "x is a folder, and a file is wanted"),
+        (FileExistsError(errno.EEXIST, "exists", "x"), "x is there already: choose another place"),
+        (ModuleNotFoundError("No module", name="torchao.quant"), "the package 'torchao' is not installed: pip install it"),
+        (RuntimeError("a fault of ours"), None),
+        (ModuleNotFoundError("No module", name="leanformers.nonsense"), None),
+        (BrokenPipeError(), None),
+    ],
+)  # fmt: skip
+def test_sentences(error, wanted):
+    assert sentence(error) == wanted
+
+
+def test_full_disk_is_said():
+    assert "is full" in sentence(OSError(errno.ENOSPC, "No space left on device", "run/x"))
+    assert "is full" in sentence(RuntimeError("database or disk is full"))
+
+
+def test_faults_of_the_program_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr("leanformers.cli.describe.show_methods", lambda: 1 / 0)
+    assert isinstance(runner.invoke(app, ["methods"]).exception, ZeroDivisionError)
+
+
+# ---- what is printed ---------------------------------------------------------------------------------------------
+
+
+def test_methods_are_listed_with_what_they_need():
+    result = runner.invoke(app, ["methods"])
+    assert result.exit_code == 0
+    for wanted in ("distillation", "quantization", "needs", "suits", "evidence"):
+        assert wanted in result.output
+
+
+def test_one_method_in_full():
+    result = runner.invoke(app, ["methods", "quantization"])
+    assert result.exit_code == 0
+    for wanted in ("scheme", "int8_dynamic", "torchao", "needs", "suits", "vidence"):
+        assert wanted in result.output
+
+
+@pytest.fixture
+def pretend_search(monkeypatch, tmp_path):
+    """A search that writes the made-up run at once, and is told what it was asked for."""
+    asked = {}
+
+    def slim(model, task, **options):
+        asked.update(options, model=model, task=task)
+        options["out"].mkdir(parents=True)
+        (options["out"] / "frontier.json").write_text(json.dumps(sample() | {"status": asked_status[0]}))
+        return SimpleNamespace(folder=options["out"], status=asked_status[0])
+
+    asked_status = ["complete"]
+    import leanformers.frontier
+
+    monkeypatch.setattr(leanformers.frontier, "slim", slim, raising=False)
+    return asked, asked_status
+
+
+def slim_arguments(table, out):
+    return [
+        "slim",
+        "--model",
+        "minilm",
+        "--data",
+        str(table),
+        "--text",
+        "body",
+        "--label",
+        "topic",
+        "--out",
+        str(out),
+    ]
+
+
+def test_slim_prints_table_report_and_two_lines(table, tmp_path, pretend_search):
+    asked, _ = pretend_search
+    out = tmp_path / "run"
+    more = [
+        "--goal",
+        "latency<=0.5x",
+        "--goal",
+        "quality>=0.99x",
+        "--trials",
+        "3",
+        "--method",
+        "idt5",
+        "--method",
+        "optin",
+    ]
+    result = runner.invoke(app, [*slim_arguments(table, out), *more])
+    assert result.exit_code == 0, result.exception
+    for wanted in (
+        "0.78×",
+        "41.2 ms",
+        "90.9 MB",
+        "22.7 M",
+        "21.5 M",
+        "TF-IDF",
+        "baseline",
+        "stock",
+        "lean",
+        "report.html",
+    ):
+        assert wanted in result.output, wanted
+    lines = [line.strip() for line in result.output.splitlines() if line.startswith("    ")]
+    best = out / "points" / "idt5+optin+distillation+quantization-p3"
+    assert lines[-2] == "import leanformers, transformers"
+    assert lines[-1].startswith(f"print(transformers.pipeline('text-classification', '{best}')(")
+    for line in lines[-2:]:
+        compile(line, "pasted", "exec")
+    assert asked["goals"] == ["latency<=0.5x", "quality>=0.99x"] and asked["trials"] == 3
+    assert asked["methods"] == ["idt5", "optin"] and asked["task"].labels == ["a", "b"]
+    assert "finalists" not in asked  # the search's own default
+
+
+def test_interruption_shows_what_is_there_and_ends_with_130(table, tmp_path, pretend_search):
+    pretend_search[1][0] = "interrupted"
+    result = runner.invoke(app, slim_arguments(table, tmp_path / "run"))
+    assert result.exit_code == 130
+    assert "0.78×" in result.output and "interrupted" in result.output
+
+
+@pytest.mark.parametrize(
+    "kind", ["text-classification", "text-regression", "embedding", "causal-lm", "masked-lm"]
+)
+@pytest.mark.parametrize("tier", ["stock", "lean"])
+def test_load_lines_are_two_lines_of_python(kind, tier):
+    from leanformers.report.snippets import load_lines
+
+    lines = load_lines("it's/a folder", kind, tier)
+    assert len(lines) == 2 and ("leanformers" in lines[0]) == (tier == "lean")
+    compile("\n".join(lines), "pasted", "exec")
