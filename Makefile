@@ -51,7 +51,7 @@ docs: $(STAMP)   ## build the documentation into site/, strictly
 	$(RUN) -m mkdocs build --strict
 
 evidence: $(STAMP) ## run the evidence of one method: make evidence SLUG=greenformers
-	@test -n "$(SLUG)" || { echo "say which: make evidence SLUG=<method> (one of: $(basename $(notdir $(filter-out %/claim.py,$(wildcard evidence/*.py)))))" >&2; exit 2; }
+	@test -n "$(SLUG)" || { echo "say which: make evidence SLUG=<method> (one of: $(basename $(notdir $(filter-out %/claim.py %/common.py,$(wildcard evidence/*.py)))))" >&2; exit 2; }
 	$(RUN) evidence/$(SLUG).py $(ARGS)
 
 evidence-table: $(STAMP) ## write the tables of README.md and docs/evidence.md from evidence/results/*.json

@@ -216,12 +216,8 @@ VARIANTS_TINY: dict[str, Tiny] = {
         "DebertaV2", dict(_TEXT, relative_attention=False, pos_att_type=[], embedding_size=16), _ENCODER
     ),
     "opt-post-norm": Tiny("OPT", dict(_OPT, do_layer_norm_before=False, word_embed_proj_dim=16), _DECODER),
-    "gpt-neox-sequential": Tiny(
-        "GPTNeoX", dict(_TEXT, pad_token_id=0, use_parallel_residual=False), _DECODER
-    ),
-    "llama-ungrouped": Tiny(
-        "Llama", dict(_TEXT, pad_token_id=0, attention_bias=True, mlp_bias=True), _DECODER
-    ),
+    "gpt-neox-sequential": Tiny("GPTNeoX", dict(_TEXT, pad_token_id=0, use_parallel_residual=False), _DECODER),
+    "llama-ungrouped": Tiny("Llama", dict(_TEXT, pad_token_id=0, attention_bias=True, mlp_bias=True), _DECODER),
     "dinov2-swiglu": Tiny(
         "Dinov2",
         dict(FAMILIES_TINY["dinov2"].settings, use_swiglu_ffn=True),
@@ -256,9 +252,7 @@ def family(name: str) -> Family:
     return entry
 
 
-def inputs(
-    model: Any, batch: int = 2, length: int = 7, seed: int = 1, *, padded: bool = False
-) -> dict[str, Any]:
+def inputs(model: Any, batch: int = 2, length: int = 7, seed: int = 1, *, padded: bool = False) -> dict[str, Any]:
     """Random inputs for any of the models.
 
     For text ``length`` counts tokens (of source and target alike); images, spectrograms and Whisper's
@@ -291,9 +285,7 @@ def inputs(
         batch_inputs["attention_mask"] = mask
         batch_inputs["input_ids"] = ids.masked_fill(mask == 0, config.pad_token_id or 0)
     if config.is_encoder_decoder and "Classification" not in type(model).__name__:
-        batch_inputs["decoder_input_ids"] = torch.randint(
-            4, config.vocab_size, (batch, length), generator=random
-        )
+        batch_inputs["decoder_input_ids"] = torch.randint(4, config.vocab_size, (batch, length), generator=random)
     if config.is_encoder_decoder and "Classification" in type(model).__name__:
         eos = torch.full((batch, 1), config.eos_token_id)
         batch_inputs["input_ids"] = torch.cat([batch_inputs["input_ids"][:, :-1], eos], dim=1)

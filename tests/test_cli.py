@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import re
@@ -41,6 +42,43 @@ def table(tmp_path):
     return path
 
 
+@pytest.fixture
+def tiny_bert(tmp_path):
+    """A folder with a random BERT and its tokenizer, some 200 kB."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "text", "number"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {name: f"[{name[:3].upper()}]" for name in ("pad_token", "unk_token", "cls_token", "sep_token")}
+    folder = tmp_path / "tiny"
+    PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=64,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("a small disk cannot be mounted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
 def refused(*arguments: object) -> str:
     """The sentence of a command that must end with code 2 and without a traceback."""
     result = runner.invoke(app, [str(argument) for argument in arguments])
@@ -66,9 +104,7 @@ def test_version():
 
 
 def test_missing_data_file(tmp_path):
-    assert "nowhere.csv" in refused(
-        "slim", "--model", "minilm", "--data", tmp_path / "nowhere.csv", "--label", "topic"
-    )
+    assert "nowhere.csv" in refused("slim", "--model", "minilm", "--data", tmp_path / "nowhere.csv", "--label", "topic")
 
 
 def test_missing_column(table):
@@ -110,6 +146,70 @@ def test_directory_that_is_no_model(table, tmp_path):
         "--out", tmp_path / "run",
     )  # fmt: skip
     assert "no model" in message and not (tmp_path / "run" / "frontier.json").exists()
+
+
+def test_encoder_with_a_language_modelling_task(table, tiny_bert, tmp_path):
+    message = refused(
+        "slim", "--model", tiny_bert, "--data", table, "--text", "body", "--kind", "causal-lm", "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert "encoder" in message and "causal-lm" in message
+
+
+def test_full_disk(tiny_bert, small_disk, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("steps: [{method: drop-layers, keep: 0.5}]")
+    message = refused("apply", recipe, "--model", tiny_bert, "--out", small_disk / "lean")
+    assert "full" in message and str(small_disk) in message
+    assert list(small_disk.iterdir()) == []
+
+
+def test_apply_says_how_to_load(tiny_bert, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("steps: [{method: drop-layers, keep: 0.5}]")
+    result = runner.invoke(app, ["apply", str(recipe), "--model", str(tiny_bert), "--out", str(tmp_path / "lean")])
+    assert result.exit_code == 0, result.exception
+    assert "stock" in result.output and (tmp_path / "lean" / "recipe.yaml").is_file()
+
+
+def test_measure_against_a_baseline(tiny_bert, table):
+    data = ["--data", str(table), "--text", "body", "--label", "topic", "--limit", "4"]
+    result = runner.invoke(app, ["measure", str(tiny_bert), *data, "--baseline", str(tiny_bert), "--json"])
+    assert result.exit_code == 0, result.exception
+    record = json.loads(result.stdout)
+    assert record["measurement"]["parameters"] == record["baseline"]["parameters"] > 0
+    assert record["ratios"]["quality"] == 1.0 and record["environment"]["hardware"]["cpu"]
+
+
+@pytest.mark.parametrize("with_baseline", [False, True])
+def test_measurement_as_a_table(with_baseline):
+    from rich.console import Console
+
+    from leanformers.cli import tables
+    from leanformers.measure import Measurement
+
+    known = {
+        "memory": 2_000_000,
+        "metric": "accuracy",
+        "metrics": {"accuracy": 0.8, "macro_f1": 0.75},
+        "latency_p95": 0.02,
+    }
+    found = Measurement(parameters=500_000, bytes=1_000_000, quality=0.8, latency=0.01, **known)
+    other = Measurement(parameters=1_000_000, bytes=2_000_000, quality=0.8, latency=0.02, **known)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(tables.measurement(found, other if with_baseline else None, "lean", "before"))
+    text = console.export_text()
+    for wanted in ("accuracy", "0.800", "macro f1", "0.75", "10.0 ms", "20.0 ms", "500 k", "1.00 MB"):
+        assert wanted in text
+    assert ("0.50×" in text) == ("before" in text) == with_baseline
+    assert "throughput" not in text  # not measured
+
+
+def test_advise_estimates_without_running(tiny_bert):
+    result = runner.invoke(app, ["advise", str(tiny_bert)])
+    assert result.exit_code == 0, result.exception
+    text = " ".join(result.output.split())
+    for wanted in ("drop-layers", "quantization", "0.5", "×", "128 tokens", "not estimated"):
+        assert wanted in text
 
 
 def test_goal_that_cannot_be_parsed(table, tmp_path):
@@ -319,9 +419,7 @@ def test_interruption_shows_what_is_there_and_ends_with_130(table, tmp_path, pre
     assert "0.78×" in result.output and "interrupted" in result.output
 
 
-@pytest.mark.parametrize(
-    "kind", ["text-classification", "text-regression", "embedding", "causal-lm", "masked-lm"]
-)
+@pytest.mark.parametrize("kind", ["text-classification", "text-regression", "embedding", "causal-lm", "masked-lm"])
 @pytest.mark.parametrize("tier", ["stock", "lean"])
 def test_load_lines_are_two_lines_of_python(kind, tier):
     from leanformers.report.snippets import load_lines

@@ -10,7 +10,7 @@ import pytest
 
 from leanformers.errors import LeanError
 from leanformers.frontier import Goal, Space, dominates, hypervolume, non_dominated, parse, parse_all
-from leanformers.frontier.goals import objectives
+from leanformers.frontier.goals import objectives, relative
 from leanformers.frontier.pareto import spread
 from leanformers.frontier.select import Candidate, next_to_train, predicted, regained
 from leanformers.frontier.space import name_of, trained_prefix
@@ -71,6 +71,9 @@ def test_goals_are_met_by_ratio_or_value():
     assert [goal.metric for goal in parse_all("latency<=1x, quality>=0.9x")] == ["latency", "quality"]
     assert objectives(parse_all(["bytes<=1x", "quality>=1x"])) == ("quality", "bytes")
     assert objectives([]) == ("quality", "latency", "bytes")
+    assert relative(parse("quality>=0.8"), 0.9, "higher").value == pytest.approx(0.8 / 0.9)
+    assert relative(parse("quality<=1.2", "lower"), 1.0, "lower").value == pytest.approx(1 / 1.2)
+    assert relative(parse("bytes<=1kB"), 0.9, "higher") == parse("bytes<=1kB")
 
 
 # -- dominance ------------------------------------------------------------------------------------------

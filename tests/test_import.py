@@ -23,9 +23,7 @@ HEAVY = (
 
 
 def run(code: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     return done.stdout.strip()
 
 
@@ -88,9 +86,7 @@ def test_unknown_name():
         _ = leanformers.nonsense
 
 
-@pytest.mark.parametrize(
-    "first", ["import leanformers.methods", "from leanformers.methods import get", "pass"]
-)
+@pytest.mark.parametrize("first", ["import leanformers.methods", "from leanformers.methods import get", "pass"])
 def test_a_room_named_like_its_function_is_both(first):
     code = (
         f"{first}\nimport leanformers as lean\n"

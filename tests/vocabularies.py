@@ -81,9 +81,7 @@ def unigram():
     spec["model"]["vocab"].insert(900, ["<unk>", 0.0])
     backend = Tokenizer.from_str(json.dumps(spec))
     ids = [("</s>", 1)]
-    backend.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=ids
-    )
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=ids)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="left"
     )

@@ -25,9 +25,7 @@ def short_table(results: Results) -> str:
         failing = [check for check in result["checks"] if not check["holds"]]
         check = (failing or result["checks"])[0]
         told = f"{check['name']}: {evidence.number(check['measured'])} (required {check['required']})"
-        lines.append(
-            f"| {slug} | {cell(result['claim'])} | {evidence.verdict(dict(result))} | {cell(told)} |"
-        )
+        lines.append(f"| {slug} | {cell(result['claim'])} | {evidence.verdict(dict(result))} | {cell(told)} |")
     return "\n".join(lines) if results else "No evidence has been recorded yet."
 
 

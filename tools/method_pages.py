@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ FOLDER = evidence_table.ROOT / "docs" / "methods"
 
 def page(info: Any, result: dict[str, Any] | None) -> str:
     """The page of one method."""
-    parts = [f"# {info.slug}", escaped(info.title) + "."]
+    parts = [f"# {info.slug}", f"**{escaped(info.title)}.**"]
     if info.paper:
         parts.append(f"*{escaped(info.paper)}*")
-    for doc in (words.documentation(info), inspect.cleandoc(info.doc)):
+    for doc in (words.documentation(info), words.own_doc(info)):
         if doc:
             parts.append(markdown(doc))
     stage = words.STAGE_TITLES.get(info.stage, info.stage)
@@ -51,9 +50,7 @@ def index(infos: dict[str, Any], results: dict[str, Any]) -> str:
     lines = ["# Methods", "", "| method | what it does | needs | evidence |", "| --- | --- | --- | --- |"]
     for slug, info in infos.items():
         held = evidence.verdict(results[slug]) if slug in results else "–"
-        lines.append(
-            f"| [{slug}]({slug}.md) | {evidence_table.cell(info.title)} | {words.needs(info)} | {held} |"
-        )
+        lines.append(f"| [{slug}]({slug}.md) | {evidence_table.cell(info.title)} | {words.needs(info)} | {held} |")
     return "\n".join(lines) + "\n"
 
 
@@ -77,9 +74,7 @@ def write(folder: Path = FOLDER) -> list[Path]:
     from leanformers.methods import methods
 
     infos, results = methods(), evidence.results()
-    texts = {"index": index(infos, results)} | {
-        slug: page(info, results.get(slug)) for slug, info in infos.items()
-    }
+    texts = {"index": index(infos, results)} | {slug: page(info, results.get(slug)) for slug, info in infos.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.stem not in texts:

@@ -110,7 +110,10 @@ def attach_reference(task: Any, model: Any, tokenizer: Any) -> None:
 
 def save_checkpoint(folder: Path, model: Any, tokenizer: Any, task: Any) -> None:
     """Weights, config and tokenizer, and what else the task's checkpoints hold."""
-    model.save_pretrained(folder)
+    from leanformers.tasks.cache import quiet
+
+    with quiet():  # progress bars of saving
+        model.save_pretrained(folder)
     if task is not None:
         task.save_extras(folder, tokenizer)
     elif tokenizer is not None:

@@ -101,16 +101,12 @@ class Recipe:
         if isinstance(data, list):
             data = {"steps": data}
         if not isinstance(data, dict):
-            raise LeanError(
-                f"{where} is no recipe: it holds {type(data).__name__}, not model, task, seed and steps"
-            )
+            raise LeanError(f"{where} is no recipe: it holds {type(data).__name__}, not model, task, seed and steps")
         for name in data:
             if name not in _FIELDS:
                 close = get_close_matches(str(name), _FIELDS, n=1)
                 guess = f" (did you mean '{close[0]}'?)" if close else ""
-                raise LeanError(
-                    f"{where} has an unknown field '{name}'{guess}; the fields are {', '.join(_FIELDS)}"
-                )
+                raise LeanError(f"{where} has an unknown field '{name}'{guess}; the fields are {', '.join(_FIELDS)}")
         return cls._from_data(data, where)
 
     @classmethod
@@ -146,13 +142,9 @@ class Recipe:
         try:
             text = file.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise LeanError(
-                f"there is no recipe {file}: give a YAML file with model, task, seed and steps"
-            ) from None
+            raise LeanError(f"there is no recipe {file}: give a YAML file with model, task, seed and steps") from None
         except UnicodeDecodeError as error:
-            raise LeanError(
-                f"{file} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8"
-            ) from None
+            raise LeanError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
         return cls.from_yaml(text, str(file))
 
     def save(self, path: str | Path) -> None:
@@ -318,9 +310,7 @@ def _run(
     if device is not None:
         loaded = loaded.to(device)
     attach_reference(the_task, loaded, old_tokenizer)
-    subject = Subject(
-        model=loaded, tokenizer=old_tokenizer, task=the_task, device=device, seed=seed, progress=progress
-    )
+    subject = Subject(model=loaded, tokenizer=old_tokenizer, task=the_task, device=device, seed=seed, progress=progress)
     execute(recipe.steps, subject, folder=folder)
     return subject.model, subject.tokenizer, old_tokenizer
 

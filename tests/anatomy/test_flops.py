@@ -32,9 +32,7 @@ def counted(model: Any, batch: dict[str, torch.Tensor], *modules: str) -> int:
     return counts["Global"] - sum(flops for name, flops in counts.items() if name.endswith("rotary_emb"))
 
 
-@pytest.mark.parametrize(
-    ("name", "head"), [(name, head) for name in TEXT for head in (*TINY[name].heads, "base")]
-)
+@pytest.mark.parametrize(("name", "head"), [(name, head) for name in TEXT for head in (*TINY[name].heads, "base")])
 def test_text(name: str, head: str) -> None:
     model = TINY[name](head=head)
     assert Anatomy.of(model).flops(LENGTH) == counted(model, inputs(model, 1, LENGTH))
@@ -52,9 +50,7 @@ def test_layers_of_images_and_sound(name: str) -> None:
     model = TINY[name]()
     anatomy, batch = Anatomy.of(model), inputs(model, 1, LENGTH)
     lengths: list[int] = []
-    hook = anatomy.layers[0].module.register_forward_pre_hook(
-        lambda _, args: lengths.append(args[0].shape[1])
-    )
+    hook = anatomy.layers[0].module.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     layers = [f"{anatomy.prefix}{layer.path}" for layer in anatomy.layers]
     total = counted(model, batch, *layers)
     hook.remove()
@@ -101,9 +97,7 @@ def test_other_heads(name: str, tiny: str) -> None:
 def test_rows() -> None:
     deberta = Anatomy.of(TINY["deberta-v2"]())
     layer = deberta.layers[0].attention
-    assert (
-        deberta.rows(layer.query.path) == Rows(1, 16) == deberta.rows(layer.key.path)
-    )  # a table of 2 x 8 rows
+    assert deberta.rows(layer.query.path) == Rows(1, 16) == deberta.rows(layer.key.path)  # a table of 2 x 8 rows
     assert deberta.rows(layer.value.path) == Rows(1, 0)
     separate = Anatomy.of(TINY["deberta-v2-separate"]())
     layer = separate.layers[0].attention

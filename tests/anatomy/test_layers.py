@@ -85,9 +85,7 @@ def apply(projection: Projection, states: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(states, projection.weight(), projection.bias())
 
 
-def attend(
-    anatomy: Anatomy, attention: Attention, states: torch.Tensor, source: torch.Tensor
-) -> torch.Tensor:
+def attend(anatomy: Anatomy, attention: Attention, states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """The attention's output [batch, length, hidden_size], its heads checked against those of the model."""
     call = _calls[id(attention.module)]
 
@@ -104,9 +102,7 @@ def attend(
         assert_close(value, call.value)
         rotary = hasattr(anatomy.base, "rotary_emb")
         if not rotary or states.shape[1] == 1:  # position 0 is not rotated
-            early = (
-                call.scaling == 1.0 and anatomy.family.name != "t5"
-            )  # scaled before the attention function
+            early = call.scaling == 1.0 and anatomy.family.name != "t5"  # scaled before the attention function
             assert_close(query * attention.head_dim**-0.5 if early else query, call.query)
             assert_close(key, call.key)
         query, key, value = call.query, call.key, call.value
@@ -120,9 +116,7 @@ def feed(part: FeedForward, states: torch.Tensor) -> torch.Tensor:
     return apply(part.down, act(up) if part.gate is None else act(apply(part.gate, states)) * up)
 
 
-def compute(
-    anatomy: Anatomy, layer: Layer, stream: torch.Tensor, source: torch.Tensor | None
-) -> torch.Tensor:
+def compute(anatomy: Anatomy, layer: Layer, stream: torch.Tensor, source: torch.Tensor | None) -> torch.Tensor:
     """The layer's output [batch, length, hidden_size] from its input, by the map alone."""
     start = stream
     for name in ("attention", "cross_attention", "feed_forward"):

@@ -57,11 +57,7 @@ def test_counts_and_shapes(name: str) -> None:
             assert (part.num_attention_heads, part.num_key_value_heads) == (4, 2 if name in GROUPED else 4)
             assert part.head_dim == head_dim
             assert part.query.weight().shape == (4 * head_dim, 32)
-            assert (
-                part.key.weight().shape
-                == part.value.weight().shape
-                == (part.num_key_value_heads * head_dim, 32)
-            )
+            assert part.key.weight().shape == part.value.weight().shape == (part.num_key_value_heads * head_dim, 32)
             assert part.output.weight().shape == (32, 4 * head_dim)
             assert part.causal is (layer.stack == "decoder" and not part.cross)
         feed_forward = layer.feed_forward
@@ -107,9 +103,7 @@ def test_paths_are_the_same_under_every_head(name: str) -> None:
         other = encoder_alone[0] if map_ in encoder_alone else maps[0]
         assert map_.roles == other.roles
         names = map_.model.state_dict()
-        assert all(
-            any(name.startswith(start) for name in names) for start in map_.trunk if "shared" not in start
-        )
+        assert all(any(name.startswith(start) for name in names) for start in map_.trunk if "shared" not in start)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -186,6 +180,25 @@ def test_edited(name: str) -> None:
         counts_by = counter.get_flop_counts()
         rotary = sum(sum(ops.values()) for part, ops in counts_by.items() if part.endswith("rotary_emb"))
         assert counter.get_total_flops() - rotary == flops
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if not family(name).shared_position_bias])
+def test_stock_heads(name: str) -> None:
+    """What the entry says of head counts is what a stock config can hold, by building one."""
+    from leanformers.surgery import KeepHeads, apply, tier
+
+    anatomy = Anatomy.of(TINY[name]())
+    groups = anatomy.layers[0].attention.num_key_value_heads
+    for size in (groups - 1, groups // 2):
+        model = TINY[name]()
+        for layer in Anatomy.of(model).layers:
+            for part in layer.attentions():
+                apply(model, KeepHeads(path=part.path, size=size), keep=torch.arange(size))
+        heads = Anatomy.of(model).layers[0].attention.num_attention_heads
+        stock = {"fixed_head_dim": True, "divides": 32 % heads == 0, "never": False}[family(name).stock_heads]
+        if name.startswith("dinov2") and anatomy.layers[0].attention.path.endswith("attention.attention"):
+            stock = False  # transformers before 5.23
+        assert tier(model) == ("stock" if stock else "lean")
 
 
 def test_unknown_family() -> None:

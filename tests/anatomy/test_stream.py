@@ -83,9 +83,7 @@ def visible(model: Any, batch: dict[str, Any], basis: torch.Tensor | None = None
 def test_permutation(name: str, head: str) -> None:
     model = TINY[name](head=head)
     untie(model)
-    if name.startswith(
-        "wav2vec2"
-    ):  # its convolution for positions mixes neighbours in the stream: silence it
+    if name.startswith("wav2vec2"):  # its convolution for positions mixes neighbours in the stream: silence it
         convolution = Anatomy.of(model).base.encoder.pos_conv_embed.conv
         convolution.parametrizations.weight.original0.zero_()
         convolution.bias.zero_()
@@ -131,9 +129,7 @@ def test_folding_layer_norms(name: str) -> None:
     untie(model)
     anatomy, batch = Anatomy.of(model), inputs(model)
     folded = [norm for norm in anatomy.norms if norm.place == "pre"]
-    assert bool(folded) is not (
-        name in POST_NORM or (anatomy.family.name in POST_NORM and name != "wav2vec2-stable")
-    )
+    assert bool(folded) is not (name in POST_NORM or (anatomy.family.name in POST_NORM and name != "wav2vec2-stable"))
     before = outputs(model, batch)
     for norm in folded:
         gain, bias = anatomy.gain(norm).clone(), norm.module.bias.clone()

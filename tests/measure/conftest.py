@@ -53,11 +53,9 @@ class TinyTask:
     def forward(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
-    def evaluate(
-        self, predict: Any, tokenizer: Any, split: str = "test", limit: int | None = None
-    ) -> dict[str, float]:
+    def evaluate(self, predict: Any, tokenizer: Any, split: str = "test", limit: int | None = None) -> dict[str, float]:
         batch = self.collate(tokenizer, self.features(tokenizer, split, limit))
-        right = predict(batch).argmax(-1) == batch["labels"]
+        right = predict(batch).argmax(-1).cpu() == batch["labels"]
         return {"accuracy": right.float().mean().item()}
 
     def quality(self, metrics: dict[str, float]) -> float:

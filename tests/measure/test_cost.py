@@ -48,7 +48,8 @@ def test_llama_with_grouped_heads_is_the_closed_formula(make, padded):
         batch["attention_mask"][0, 5:] = 0
     per_token = 2 * (2 * d * d + 2 * d * kv + 3 * d * f) + 4 * LENGTH * d
     expected = ROWS * LENGTH * (layers * per_token + 2 * d * vocab)
-    assert flops(make["llama"](), batch) == expected
+    rotary = 2 * LENGTH * 8  # some versions compute the angles by a product of matrices, once
+    assert 0 <= flops(make["llama"](), batch) - expected <= rotary
 
 
 def test_sdpa_counts_what_eager_counts(make):
@@ -145,6 +146,27 @@ def test_a_saved_folder_has_the_bytes_of_the_state(make, tmp_path):
     assert 0 < header < 200 * tensors
     assert sizes.tokenizer == 15
     assert sizes.other > 1000
+
+
+def test_only_one_format_counts(tmp_path):
+    """A folder of the hub holds the same weights several times."""
+    sizes = {
+        "model.safetensors": 100,
+        "pytorch_model.bin": 90,
+        "onnx/model.onnx": 80,
+        "2_Dense/model.safetensors": 7,
+        "training/train-0/checkpoint-3/model.safetensors": 60,
+        "training_args.bin": 50,
+        "sentencepiece.bpe.model": 5,
+    }
+    for name, size in sizes.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * size)
+    found = bytes_on_disk(tmp_path)
+    assert (found.weights, found.tokenizer, found.other) == (107, 5, 90 + 80 + 50)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "2_Dense/model.safetensors").unlink()
+    assert bytes_on_disk(tmp_path).weights == 90
 
 
 def test_bad_folders_are_refused(tmp_path):

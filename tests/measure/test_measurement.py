@@ -75,9 +75,7 @@ def test_latency_ratio_is_the_paired_one():
 
 
 def test_flops_ratio_is_for_the_same_texts():
-    longer = dataclasses.replace(
-        BASE, tokens=200
-    )  # its tokenizer cuts the same ten rows into twice the tokens
+    longer = dataclasses.replace(BASE, tokens=200)  # its tokenizer cuts the same ten rows into twice the tokens
     assert longer.ratios(BASE)["flops"] == 2.0
     assert longer.ratios(BASE)["throughput"] == 0.5
 

@@ -20,15 +20,9 @@ def test_measure_gives_all(bert, task, tokenizer):
     missing = {name for name, value in found.to_json().items() if value is None}
     assert missing <= {"tokenizer_bytes", "latency_ratio", "latency_range", "decode", "peak_memory"}
     assert found.parameters == sum(p.numel() for p in bert.parameters())
-    assert (
-        found.metrics["accuracy"]
-        == found.quality
-        == task.evaluate(prepare(bert, task), tokenizer)["accuracy"]
-    )
+    assert found.metrics["accuracy"] == found.quality == task.evaluate(prepare(bert, task), tokenizer)["accuracy"]
     assert found.rounds >= 5 and found.dtype == "float32" and found.runtime == "torch"
-    assert found.throughput * found.latency * 4 == pytest.approx(
-        sum(len(r["ids"]) for r in task.rows[:32]), rel=0.3
-    )
+    assert found.throughput * found.latency * 4 == pytest.approx(sum(len(r["ids"]) for r in task.rows[:32]), rel=0.3)
 
 
 def test_padding_is_paid_for_by_real_tokens(bert, task, tokenizer):

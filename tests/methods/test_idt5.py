@@ -150,9 +150,7 @@ def test_greedy_generation_is_unchanged_while_it_stays_in_the_vocabulary(pair):
     kept, same = kept_ids(before, after), 0
     for old, new in covered(before, after)[:30]:
         options = {"max_new_tokens": 4, "do_sample": False}
-        long, short = (
-            s.model.generate(x["input_ids"], **options)[0] for s, x in ((before, old), (after, new))
-        )
+        long, short = (s.model.generate(x["input_ids"], **options)[0] for s, x in ((before, old), (after, new)))
         if set(long.tolist()) <= set(kept.tolist()):
             same += 1
             assert torch.equal(kept[short], long)
@@ -249,9 +247,7 @@ def test_everything_kept_drops_only_the_padding():
 
 def test_only_training_texts_are_counted(monkeypatch):
     subject = subject_of(bert)
-    test = {row["text"] for row in subject.task.rows("test")} - {
-        row["text"] for row in subject.task.rows("train")
-    }
+    test = {row["text"] for row in subject.task.rows("test")} - {row["text"] for row in subject.task.rows("train")}
     assert test and not test & set(texts_of(subject.task))
     assert not {"long", "short"} & set(texts_of(subject.task))
 

@@ -80,9 +80,7 @@ PARTS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def reload(
-    part: nn.Module, make: Callable[[nn.Module], nn.Module], old: nn.Module, folder: Path
-) -> nn.Module:
+def reload(part: nn.Module, make: Callable[[nn.Module], nn.Module], old: nn.Module, folder: Path) -> nn.Module:
     """Saves the part, builds an empty one on meta in place of `old`, fills it by name from the file."""
     save_file(part.state_dict(), folder / "part.safetensors")
     empty = make(copy.deepcopy(old).to("meta"))

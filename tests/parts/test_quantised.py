@@ -146,7 +146,5 @@ def test_loading_and_running_need_no_torchao(tmp_path: Path) -> None:
 
 
 def test_quantising_is_silent() -> None:
-    done = python(
-        "import torch\nfrom leanformers.parts.torchao import quantise_rows\nquantise_rows(torch.eye(4))"
-    )
+    done = python("import torch\nfrom leanformers.parts.torchao import quantise_rows\nquantise_rows(torch.eye(4))")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -12,9 +12,7 @@ BASE = {
 }  # fmt: skip
 
 
-def point(
-    mark: str, status: str, ratios: dict[str, float], steps: list[dict[str, Any]], **more: Any
-) -> dict[str, Any]:
+def point(mark: str, status: str, ratios: dict[str, float], steps: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     name = "+".join(step["method"] for step in steps) + f"-{mark}"  # as a search names it
     measurement = {key: BASE[key] * share for key, share in ratios.items()}
     return {

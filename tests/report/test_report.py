@@ -136,6 +136,13 @@ def test_interruption_is_said():
     assert "interrupted" in Checked(render(data)).text
 
 
+def test_a_reference_that_beats_the_model_is_said():
+    data = sample()
+    assert "is a transformer needed" not in view.headline(data)
+    data["references"][0]["ratios"]["quality"] = 1.01
+    assert "TF-IDF does better than the model itself" in view.headline(data)
+
+
 def test_newer_schema_is_refused():
     with pytest.raises(LeanError, match="schema 2"):
         render(sample() | {"schema": 2})
@@ -186,9 +193,7 @@ def test_numbers_are_written_for_people(key, value, text):
     assert q.QUANTITIES[key].write(value) == text
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.544, "0.54×"), (1.0, "1.00×"), (0.0213, "0.021×"), (0, "0.00×")]
-)
+@pytest.mark.parametrize(("value", "text"), [(0.544, "0.54×"), (1.0, "1.00×"), (0.0213, "0.021×"), (0, "0.00×")])
 def test_ratio(value, text):
     assert q.ratio(value) == text
 

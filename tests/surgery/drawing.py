@@ -76,12 +76,7 @@ def draw(model: Any, kind: str, seed: int = 0) -> Draw | None:
         if in_features % 4:
             return None
         scores = torch.rand(out_features, in_features // 4, 4, generator=torch.Generator().manual_seed(seed))
-        mask = (
-            torch.zeros_like(scores)
-            .scatter(2, scores.topk(2).indices, 1)
-            .bool()
-            .view(out_features, in_features)
-        )
+        mask = torch.zeros_like(scores).scatter(2, scores.topk(2).indices, 1).bool().view(out_features, in_features)
         return MaskWeights(path=path, pattern="2:4"), {"mask": mask}
     scheme = "int8_dynamic" if kind == "quantise_linear_dynamic" else "int8_weight_only"
     return QuantiseLinear(path=path, scheme=scheme), {}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 def main(root: Path) -> None:
     import transformers
-    from families import inputs, outputs
 
     import leanformers
+    from families import inputs, outputs
     from leanformers.surgery import ledger
 
     assert leanformers.__version__

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import ENCODER_DECODERS, TINY, inputs, outputs
+from drawing import KINDS, draw, sequence
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from drawing import KINDS, draw, sequence
 
+from families import ENCODER_DECODERS, TINY, inputs, outputs
 from leanformers.anatomy import Anatomy
 from leanformers.errors import LeanError
 from leanformers.surgery import KeepHeads, QuantiseLinear, apply, ledger, tier
@@ -148,9 +148,9 @@ def test_generate_with_cache_equals_without(family):
         if family in ENCODER_DECODERS:
             batch.pop("decoder_input_ids", None)
         options = {"max_new_tokens": 5, "do_sample": False}
-        assert torch.equal(
-            model.generate(**batch, **options), model.generate(**batch, **options, use_cache=False)
-        ), kind
+        assert torch.equal(model.generate(**batch, **options), model.generate(**batch, **options, use_cache=False)), (
+            kind
+        )
 
 
 @pytest.mark.parametrize("family", TINY)

@@ -91,9 +91,7 @@ def test_trainer_trains_checkpoints_and_resumes(tmp_path):
     Trainer(half, first, train_dataset=rows()).train()
     resumed = AutoModelForCausalLM.from_pretrained(tmp_path / "b" / "checkpoint-2")
     assert ledger(resumed) == ledger(half)
-    Trainer(resumed, first, train_dataset=rows()).train(
-        resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2")
-    )
+    Trainer(resumed, first, train_dataset=rows()).train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
@@ -194,19 +192,15 @@ def test_pipeline_runs_a_lean_model(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, pipeline
 
-    words = {
-        word: index for index, word in enumerate(["[PAD]", "[UNK]", "good", "bad", *map(str, range(92))])
-    }
+    words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "good", "bad", *map(str, range(92))])}
     backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        tmp_path
-    )
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path)
     model = lean_bert()
     model.save_pretrained(tmp_path)
     answer = pipeline("text-classification", model=str(tmp_path))("good bad good")
     with torch.inference_mode():
-        scores = AutoModelForSequenceClassification.from_pretrained(tmp_path)(
-            torch.tensor([[2, 3, 2]])
-        ).logits.softmax(-1)
+        scores = AutoModelForSequenceClassification.from_pretrained(tmp_path)(torch.tensor([[2, 3, 2]])).logits.softmax(
+            -1
+        )
     assert answer[0]["score"] == pytest.approx(scores.max().item(), rel=1e-5)

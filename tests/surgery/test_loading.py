@@ -89,14 +89,10 @@ def test_without_the_import_nothing_loads(folder):
 
 def test_the_folder_loads_under_every_head_of_its_family(folder):
     expected = lean_bert()
-    assert torch.equal(
-        AutoModelForSequenceClassification.from_pretrained(folder)(IDS).logits, expected(IDS).logits
-    )
+    assert torch.equal(AutoModelForSequenceClassification.from_pretrained(folder)(IDS).logits, expected(IDS).logits)
     hidden = expected.bert(IDS).last_hidden_state
     assert torch.equal(AutoModel.from_pretrained(folder)(IDS).last_hidden_state, hidden)
-    assert torch.equal(
-        AutoModelForTokenClassification.from_pretrained(folder).bert(IDS).last_hidden_state, hidden
-    )
+    assert torch.equal(AutoModelForTokenClassification.from_pretrained(folder).bert(IDS).last_hidden_state, hidden)
 
 
 def test_a_base_model_loads_under_a_head(tmp_path):

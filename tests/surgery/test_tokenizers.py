@@ -60,9 +60,7 @@ def test_covered_text_keeps_its_ids(tokenizer, keep, small):
         old = ids_of(tokenizer, text)
         if kept.issuperset(old):
             covered += 1
-            assert (
-                ids_of(small, text) == torch.searchsorted(keep, torch.tensor(old, dtype=torch.long)).tolist()
-            )
+            assert ids_of(small, text) == torch.searchsorted(keep, torch.tensor(old, dtype=torch.long)).tolist()
     assert covered > 100, "the law was hardly tried"
     assert len(small) == len(keep) < len(tokenizer)
 
@@ -141,9 +139,7 @@ def test_the_chat_template_keeps_its_ids(tokenizer, keep, small):
     if not tokenizer.chat_template:
         pytest.skip("no chat template")
     turns = [{"role": "user", "content": "the"}]
-    old, new = (
-        t.apply_chat_template(turns, add_generation_prompt=True)["input_ids"] for t in (tokenizer, small)
-    )
+    old, new = (t.apply_chat_template(turns, add_generation_prompt=True)["input_ids"] for t in (tokenizer, small))
     assert keep[new].tolist() == old
 
 
@@ -241,9 +237,7 @@ def test_size_forced_ids_and_texts(tokenizer):
 def test_empty_rows_fill_up_last():
     backend = Tokenizer(models.WordPiece({}, unk_token="[UNK]"))
     words = ["[UNK]", "[PAD]", *(f"[unused{index}]" for index in range(9)), "the", "word", "seen"]
-    backend = Tokenizer(
-        models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]")
-    )
+    backend = Tokenizer(models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]")
     keep = choose(count(tokenizer, ["seen seen"]), tokenizer, size=5, multiple=1)
@@ -283,9 +277,7 @@ def test_save_leaves_no_stale_vocabulary(tmp_path):
 def test_a_class_that_rebuilds_its_pipeline_gives_way(tmp_path):
     """BertTokenizer forgets a changed normaliser on loading; the cut tokenizer does not."""
     tokenizer = wordpiece()
-    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFD(), normalizers.Lowercase()]
-    )
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase()])
     tokenizer.padding_side = "left"
     small = trim(tokenizer, choose(count(tokenizer, CORPUS), tokenizer))
     assert type(small) is PreTrainedTokenizerFast and small.padding_side == "left"

@@ -87,9 +87,7 @@ def csv(tmp_path):
     """csv(header, rows, name): writes a CSV and returns its path."""
 
     def write(header, rows, name="data.csv", encoding="utf-8"):
-        lines = [",".join(header)] + [
-            ",".join(f'"{v}"' if "," in str(v) else str(v) for v in row) for row in rows
-        ]
+        lines = [",".join(header)] + [",".join(f'"{v}"' if "," in str(v) else str(v) for v in row) for row in rows]
         path = tmp_path / name
         path.write_bytes(("\n".join(lines) + "\n").encode(encoding))
         return path

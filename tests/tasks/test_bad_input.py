@@ -79,9 +79,7 @@ def test_labels_that_are_no_classes(csv):
 
 def test_broken_files(tmp_path):
     def write(name, content):
-        (tmp_path / name).write_text(content) if isinstance(content, str) else (tmp_path / name).write_bytes(
-            content
-        )
+        (tmp_path / name).write_text(content) if isinstance(content, str) else (tmp_path / name).write_bytes(content)
         return tmp_path / name
 
     good = json.dumps({"text": "good", "label": "pos"})
@@ -92,9 +90,7 @@ def test_broken_files(tmp_path):
     assert "two columns named 'text'" in refused(write("c.csv", "text,text\na,b\n"))
     assert "c.jsonl, line 2 is not JSON" in refused(write("c.jsonl", f"{good}\n{{oops\n"))
     assert "must hold JSON objects" in refused(write("d.jsonl", "[1, 2]\n"))
-    assert "row 1: column 'text' holds a list, not text" in refused(
-        write("e.jsonl", '{"text": ["a"], "label": "b"}')
-    )
+    assert "row 1: column 'text' holds a list, not text" in refused(write("e.jsonl", '{"text": ["a"], "label": "b"}'))
     assert "not a readable Parquet file" in refused(write("f.parquet", b"PAR1 nonsense"))
     assert "none of .csv" in refused(write("g.xlsx", b"PK"))
 

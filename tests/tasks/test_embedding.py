@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from leanformers.errors import LeanError
-from leanformers.tasks import load
+from leanformers.tasks import load, tfidf
 from leanformers.tasks.embedding import Embedding, pool
 
 from .tiny import bert_config, build, sentences
@@ -13,9 +13,7 @@ TEXTS = [t for t, _ in sentences(40, seed=3)]
 
 def made(pairs=True, **options):
     rows = [{"query": " ".join(t.split()[:3]), "body": t} if pairs else {"text": t} for t in TEXTS]
-    return Embedding(
-        "t", {"train": rows, "validation": rows[:10], "test": rows[10:]}, max_length=32, **options
-    )
+    return Embedding("t", {"train": rows, "validation": rows[:10], "test": rows[10:]}, max_length=32, **options)
 
 
 def test_a_pair_makes_two_features_in_order(bert_tokenizer):
@@ -108,3 +106,20 @@ def test_sentence_transformers_opens_what_is_saved(mode, bert_tokenizer, tmp_pat
     torch.testing.assert_close(
         task.vectors(lambda batch: task.forward(again, batch), tokenizer)[1::2], ours, rtol=1e-4, atol=1e-5
     )
+
+
+def test_equal_bodies_count_as_one(bert_encoder, bert_tokenizer):
+    """Many questions with the same answer are all answered by it."""
+    rows = [{"query": f"{t} {i}", "body": t} for t in TEXTS[:4] for i in range(5)]
+    task = Embedding("t", {"train": rows, "validation": rows, "test": rows}, max_length=32)
+    vectors = torch.eye(4).repeat_interleave(5, dim=0)
+    assert task.ndcg(vectors, vectors) == 1
+    pytest.importorskip("sklearn")
+    assert tfidf(task).quality > 0.9
+
+
+def test_a_metric_that_needs_the_teacher_says_so(bert_encoder, bert_tokenizer):
+    task = made(metric="old_index_ndcg@10")
+    metrics = task.evaluate(lambda batch: task.forward(bert_encoder, batch), bert_tokenizer)
+    with pytest.raises(LeanError, match="attach the teacher"):
+        task.quality(metrics)

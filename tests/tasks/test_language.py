@@ -12,9 +12,7 @@ from leanformers.tasks.language import CausalLM, MaskedLM
 
 
 def causal(texts, max_length=16):
-    return CausalLM(
-        "t", {"train": [], "validation": [], "test": [{"text": t} for t in texts]}, max_length=max_length
-    )
+    return CausalLM("t", {"train": [], "validation": [], "test": [{"text": t} for t in texts]}, max_length=max_length)
 
 
 def test_no_token_is_lost_or_scored_twice(llama_tokenizer):
@@ -53,18 +51,14 @@ def test_bits_per_byte_of_a_uniform_model(llama_tokenizer):
     for max_length in (4, 64):
         made = causal(texts, max_length)
         found = made.evaluate(lambda b: torch.zeros(*b["input_ids"].shape, vocab), llama_tokenizer)
-        assert found["bits_per_byte"] == pytest.approx(
-            tokens * math.log2(vocab) / sum(len(t.encode()) for t in texts)
-        )
+        assert found["bits_per_byte"] == pytest.approx(tokens * math.log2(vocab) / sum(len(t.encode()) for t in texts))
         assert found["perplexity"] == pytest.approx(vocab, rel=1e-4)
 
 
 def test_loss_is_the_model_s_own(llama, llama_tokenizer):
     made = causal(["the good film was rather dark", "a sad day"])
     batch = next(made.batches(llama_tokenizer, "test", 2))
-    own = llama(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
-    ).loss
+    own = llama(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
     torch.testing.assert_close(made.loss(made.forward(llama, batch), batch), own)
 
 
@@ -79,17 +73,12 @@ def test_masks_are_the_same_in_every_run(bert_tokenizer):
     assert MaskedLM("t", rows, max_length=16, seed=1).features(bert_tokenizer, "test") != first
     restored, masked = [], 0
     for f in first:
-        assert (
-            f["input_ids"][0] == bert_tokenizer.cls_token_id
-            and f["input_ids"][-1] == bert_tokenizer.sep_token_id
-        )
+        assert f["input_ids"][0] == bert_tokenizer.cls_token_id and f["input_ids"][-1] == bert_tokenizer.sep_token_id
         for token, label in zip(f["input_ids"], f["labels"], strict=True):
             assert (token == bert_tokenizer.mask_token_id) == (label != -100)
             masked += label != -100
             restored += [label if label != -100 else token]
-    plain = [
-        t for r in rows["test"] for t in bert_tokenizer(r["text"], add_special_tokens=False)["input_ids"]
-    ]
+    plain = [t for r in rows["test"] for t in bert_tokenizer(r["text"], add_special_tokens=False)["input_ids"]]
     special = {bert_tokenizer.cls_token_id, bert_tokenizer.sep_token_id}
     assert [t for t in restored if t not in special] == plain
     assert 0.1 < masked / len(plain) < 0.25

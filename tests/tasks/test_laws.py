@@ -22,9 +22,7 @@ TEXTS = {
 
 
 def labelled(convert):
-    return {
-        split: [{**row, "label": convert(i)} for i, row in enumerate(rows)] for split, rows in TEXTS.items()
-    }
+    return {split: [{**row, "label": convert(i)} for i, row in enumerate(rows)] for split, rows in TEXTS.items()}
 
 
 def pairs():
@@ -124,8 +122,7 @@ def test_calibration_has_model_inputs_alone(case):
     made, model, tokenizer = case
     batches = list(made.calibration(tokenizer, 5, batch_size=2))
     assert all(
-        "labels" not in batch and set(batch) <= {"input_ids", "attention_mask", "token_type_ids"}
-        for batch in batches
+        "labels" not in batch and set(batch) <= {"input_ids", "attention_mask", "token_type_ids"} for batch in batches
     )
     model(**batches[0])
     with pytest.raises(LeanError, match="no labels"):
@@ -178,3 +175,20 @@ def test_wrong_names_are_refused(bert_tokenizer):
     with pytest.raises(LeanError, match="made already"):
         task(made, size=3)
     assert task(made) is made
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gives_the_same_metrics(case):
+    made, model, tokenizer = case
+    here = made.evaluate(predictor(made, model), tokenizer)
+    model.to("cuda")
+    try:
+        there = made.evaluate(predictor(made, model), tokenizer)
+        batch = made.collate(tokenizer, made.features(tokenizer, "train")[:4])
+        if made.kind == "embedding":
+            batch["labels"] = torch.randn(4, 32)
+        assert made.loss(made.forward(model, batch), batch).device.type == "cuda"
+    finally:
+        model.to("cpu")
+    assert there == pytest.approx(here, abs=1e-3)

@@ -108,14 +108,10 @@ def test_a_decoder_without_padding_token_gets_one(saved, llama, llama_tokenizer)
     folder = saved(llama, llama_tokenizer)
     for name in ("config.json", "tokenizer_config.json"):
         content = json.loads((folder / name).read_text())
-        (folder / name).write_text(
-            json.dumps({k: v for k, v in content.items() if not k.startswith("pad_token")})
-        )
+        (folder / name).write_text(json.dumps({k: v for k, v in content.items() if not k.startswith("pad_token")}))
     model, tokenizer = load(folder, CLASSES)
     assert tokenizer.pad_token == "</s>" and model.config.pad_token_id == 1
-    batch = CLASSES.collate(
-        tokenizer, [{**f, "labels": 0} for f in CLASSES._encode(tokenizer, ["good", "a film day"])]
-    )
+    batch = CLASSES.collate(tokenizer, [{**f, "labels": 0} for f in CLASSES._encode(tokenizer, ["good", "a film day"])])
     assert CLASSES.forward(model, batch).shape == (2, 2)
 
 

@@ -18,9 +18,7 @@ def texts(made, split):
 
 def test_columns_tell_the_kind(csv, labelled):
     made = task(labelled)
-    assert (
-        isinstance(made, TextClassification) and made.labels == ["neg", "pos"] and made.metric == "accuracy"
-    )
+    assert isinstance(made, TextClassification) and made.labels == ["neg", "pos"] and made.metric == "accuracy"
     rated = csv(("body", "stars"), [(t, i / 10) for i, (t, _) in enumerate(ROWS)], "rated.csv")
     made = task(rated, text="body", label="stars")
     assert isinstance(made, TextRegression) and made.metric == "spearman"
@@ -90,9 +88,7 @@ def test_every_format_gives_the_same_task(tmp_path, labelled):
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     (tmp_path / "data.json").write_text(json.dumps(rows))
     (tmp_path / "data.tsv").write_text("\ufefftext\tlabel\r\n" + "".join(f"{t}\t{y}\r\n" for t, y in ROWS))
-    (tmp_path / "semi.csv").write_bytes(
-        ("text;label\n" + "".join(f"{t} é;{y}\n" for t, y in ROWS)).encode("cp1252")
-    )
+    (tmp_path / "semi.csv").write_bytes(("text;label\n" + "".join(f"{t} é;{y}\n" for t, y in ROWS)).encode("cp1252"))
     made = [task(labelled)] + [task(tmp_path / f"data.{suffix}") for suffix in ("jsonl", "json", "tsv")]
     assert len({m.fingerprint for m in made}) == 1
     semi = task(tmp_path / "semi.csv", delimiter=";", encoding="cp1252")
@@ -106,9 +102,7 @@ def test_parquet_and_datasets_folders(tmp_path, labelled):
     plain.to_parquet(tmp_path / "data.parquet")
     numbered = plain.cast_column("label", datasets.ClassLabel(names=["pos", "neg"]))
     numbered.save_to_disk(tmp_path / "disk")
-    parts = datasets.DatasetDict(
-        {"train": numbered.select(range(100)), "test": numbered.select(range(100, 120))}
-    )
+    parts = datasets.DatasetDict({"train": numbered.select(range(100)), "test": numbered.select(range(100, 120))})
     parts.save_to_disk(tmp_path / "parts")
     assert task(tmp_path / "data.parquet").fingerprint == task(labelled).fingerprint
     disk = task(tmp_path / "disk")

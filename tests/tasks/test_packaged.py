@@ -8,7 +8,7 @@ import tarfile
 import pytest
 
 from leanformers.errors import LeanError
-from leanformers.tasks import PACKAGED, docstrings, sentiment, task
+from leanformers.tasks import PACKAGED, docstrings, sentiment, task, tfidf
 from leanformers.tasks.cache import cache_dir, finished
 
 
@@ -44,8 +44,7 @@ def test_sentiment_variants(ratings):
 
 
 def test_tfidf_on_sentiment(ratings):
-    from leanformers.tasks import tfidf
-
+    pytest.importorskip("sklearn")
     found = tfidf(task("sentiment"))
     assert found.quality == pytest.approx(0.762, abs=0.01)
     assert 0 < found.latency < 0.05 and 1e5 < found.bytes < 1e8
@@ -59,9 +58,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 def test_no_network_is_one_sentence(empty_cache, monkeypatch):
     def fail(command, **_):
-        return subprocess.CompletedProcess(
-            command, 1, "", "WARNING: retrying\nERROR: No matching distribution found"
-        )
+        return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: No matching distribution found")
 
     monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(LeanError, match=r"could not fetch it .ERROR: No matching.*pip download") as caught:

@@ -1,7 +1,5 @@
 import numpy as np
 import pytest
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.metrics import ndcg_score
 
 from leanformers.tasks import task, tfidf
 from leanformers.tasks.embedding import Embedding
@@ -9,6 +7,7 @@ from leanformers.tasks.language import CausalLM
 
 from .tiny import sentences
 
+text = pytest.importorskip("sklearn.feature_extraction.text")
 TEXTS = [t for t, _ in sentences(60, seed=4)]
 
 
@@ -29,12 +28,12 @@ def test_ratings(csv):
 def test_search_agrees_with_sklearn():
     rows = [{"query": " ".join(t.split()[:3]), "body": t} for t in TEXTS]
     made = Embedding("t", {"train": [], "validation": [], "test": rows})
-    vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    vectors = text.TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     bodies = vectors.fit_transform(r["body"] for r in rows)
     scores = (vectors.transform(r["query"] for r in rows) @ bodies.T).toarray()
-    scores += np.random.default_rng(0).uniform(
-        0, 1e-9, scores.shape
-    )  # ties: they share, we count them against
+    scores += np.random.default_rng(0).uniform(0, 1e-9, scores.shape)  # ties: they share, we count them against
+    from sklearn.metrics import ndcg_score
+
     assert tfidf(made).metrics["ndcg@10"] == pytest.approx(ndcg_score(np.eye(60), scores, k=10), abs=0.05)
 
 

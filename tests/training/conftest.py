@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -30,36 +30,19 @@ OTHER = (
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<s>", *GOOD, *BAD, *OTHER)
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
+def make_tokenizer(words: Sequence[str]) -> Any:
     """One token per word, [CLS] and [SEP] around."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    return make_tokenizer(WORDS, Tokenizer, models, pre_tokenizers, processors, PreTrainedTokenizerFast)
-
-
-@pytest.fixture(scope="session")
-def cut_tokenizer() -> Any:
-    """The same with half of the ordinary words gone, so that ids move."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = WORDS[:6] + WORDS[7:20]
-    return make_tokenizer(words, Tokenizer, models, pre_tokenizers, processors, PreTrainedTokenizerFast)
-
-
-def make_tokenizer(
-    words: Any, kind: Any, models: Any, pre_tokenizers: Any, processors: Any, fast: Any
-) -> Any:
     vocabulary = {word: index for index, word in enumerate(words)}
-    inner = kind(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
     )
-    return fast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         pad_token="[PAD]",
         unk_token="[UNK]",
@@ -68,6 +51,17 @@ def make_tokenizer(
         mask_token="[MASK]",
         bos_token="<s>",
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return make_tokenizer(WORDS)
+
+
+@pytest.fixture(scope="session")
+def cut_tokenizer() -> Any:
+    """The same with a third of the ordinary words gone, so that ids move."""
+    return make_tokenizer(WORDS[:6] + WORDS[7:20])
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -80,18 +74,18 @@ def label(text: str) -> str:
     return "yes" if sum(w in GOOD for w in words) > sum(w in BAD for w in words) else "no"
 
 
+def make_sentiment(count: int = 96) -> Any:
+    """A text classification task of so many training sentences."""
+    from leanformers.tasks.text import TextClassification
+
+    rows = [{"text": text, "label": label(text)} for text in sentences(count)]
+    splits = {"train": rows, "validation": rows[:32], "test": rows[:32]}
+    return TextClassification("toy", splits, labels=["no", "yes"], max_length=32)
+
+
 @pytest.fixture
 def sentiment() -> Callable[..., Any]:
-    """A text classification task of so many training sentences."""
-
-    def make(count: int = 96) -> Any:
-        from leanformers.tasks.text import TextClassification
-
-        rows = [{"text": text, "label": label(text)} for text in sentences(count)]
-        splits = {"train": rows, "validation": rows[:32], "test": rows[:32]}
-        return TextClassification("toy", splits, labels=["no", "yes"], max_length=32)
-
-    return make
+    return make_sentiment
 
 
 @pytest.fixture
@@ -118,44 +112,38 @@ def embedding() -> Callable[..., Any]:
         rows = [{"text": text} for text in texts[:count]]
         if options:
             rows = [{"query": a, "body": b} for a, b in zip(texts[:count], texts[count:], strict=True)]
-        return Embedding(
-            "toy-texts", {"train": rows, "validation": rows, "test": rows}, max_length=32, **options
-        )
+        return Embedding("toy-texts", {"train": rows, "validation": rows, "test": rows}, max_length=32, **options)
 
     return make
+
+
+def make_bert(layers: int = 2, width: int = 16, heads: int = 2, labels: int = 2, seed: int = 0, **more: Any) -> Any:
+    """A tiny BERT: classifier, or bare encoder with labels=0. Dropout 0.1 as stock."""
+    from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=2 * width,
+        max_position_embeddings=40,
+        **(more | ({"num_labels": labels} if labels else {})),
+    )
+    return (BertForSequenceClassification if labels else BertModel)(config).eval()
 
 
 @pytest.fixture
 def bert() -> Callable[..., Any]:
-    """A tiny BERT: classifier, or bare encoder with labels=0. Dropout 0.1 as stock."""
-
-    def make(
-        layers: int = 2, width: int = 16, heads: int = 2, labels: int = 2, seed: int = 0, **more: Any
-    ) -> Any:
-        from transformers import BertConfig, BertForSequenceClassification, BertModel
-
-        torch.manual_seed(seed)
-        config = BertConfig(
-            vocab_size=len(WORDS),
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            intermediate_size=2 * width,
-            max_position_embeddings=40,
-            **(more | ({"num_labels": labels} if labels else {})),
-        )
-        return (BertForSequenceClassification if labels else BertModel)(config).eval()
-
-    return make
+    return make_bert
 
 
 @pytest.fixture
 def llama() -> Callable[..., Any]:
     """A tiny LLaMA with grouped keys and a tied head."""
 
-    def make(
-        layers: int = 2, width: int = 16, heads: int = 4, groups: int = 2, vocabulary: int = len(WORDS)
-    ) -> Any:
+    def make(layers: int = 2, width: int = 16, heads: int = 4, groups: int = 2, vocabulary: int = len(WORDS)) -> Any:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(0)

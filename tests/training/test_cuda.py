@@ -28,9 +28,7 @@ def test_a_step_is_the_cpus(
     for device in ("cpu", "cuda"):
         teacher = Teacher(bert(seed=4).to(device), task, tokenizer)
         model = bert().to(device)
-        result = fit(
-            model, task, tokenizer, dropout=0.0, teacher=teacher, distillation=settings, progress=False
-        )
+        result = fit(model, task, tokenizer, dropout=0.0, teacher=teacher, distillation=settings, progress=False)
         assert next(model.parameters()).device.type == device
         losses.append(result.loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

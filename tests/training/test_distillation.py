@@ -112,9 +112,7 @@ ALL = Distillation(alpha=1.0, hidden=1.0, attention=1.0, relation=1.0)
 
 
 @pytest.mark.parametrize("kind", ["sentiment", "language"])
-def test_a_copy_of_the_teacher_has_nothing_to_learn(
-    kind: str, request: pytest.FixtureRequest, tokenizer: Any
-) -> None:
+def test_a_copy_of_the_teacher_has_nothing_to_learn(kind: str, request: pytest.FixtureRequest, tokenizer: Any) -> None:
     task = request.getfixturevalue(kind)()
     teacher = request.getfixturevalue("bert" if kind == "sentiment" else "llama")()
     student = copy.deepcopy(teacher)
@@ -133,9 +131,7 @@ def test_dropped_layers_match_their_own_indices(
     student = copy.deepcopy(teacher)
     student.bert.encoder.layer = student.bert.encoder.layer[:2]
     settings = Distillation(alpha=0.0, hidden=1.0)
-    own = distil(
-        student, teacher, sentiment(), tokenizer, Distillation(alpha=0.0, hidden=1.0, layer_map=(0, 1))
-    )
+    own = distil(student, teacher, sentiment(), tokenizer, Distillation(alpha=0.0, hidden=1.0, layer_map=(0, 1)))
     uniform = distil(student, teacher, sentiment(), tokenizer, settings)
     task_loss = distil(student, teacher, sentiment(), tokenizer, Distillation(alpha=0.0))
     assert own.item() == pytest.approx(task_loss.item(), abs=1e-5) and uniform > own + 1e-2

@@ -40,7 +40,16 @@ def test_the_same_seed_gives_the_same_bits_whatever_ran_before(
     models = [bert(), bert(), bert()]
     for model, seed in zip(models, (1, 1, 2), strict=True):
         torch.rand(random.randint(1, 9))
-        fit(model, sentiment(), tokenizer, epochs=1.5, learning_rate=1e-3, seed=seed, progress=False)
+        fit(
+            model,
+            sentiment(),
+            tokenizer,
+            epochs=1.5,
+            learning_rate=1e-3,
+            seed=seed,
+            dropout=None,
+            progress=False,
+        )
     assert same(models[0], models[1]) and not same(models[0], models[2])
 
 
@@ -61,7 +70,7 @@ def test_the_process_is_left_as_it_was(
     expected = [random.random(), numpy.random.random(), torch.rand(1).item()]
     random.seed(0), numpy.random.seed(0), torch.manual_seed(0)
     levels = logging.getLogger("transformers").level
-    fit(model, task, tokenizer, max_steps=2, dropout=0.0, freeze=("embeddings",), progress=False)
+    fit(model, task, tokenizer, max_steps=2, freeze=("embeddings",), progress=False)
     assert [random.random(), numpy.random.random(), torch.rand(1).item()] == expected != before
     assert logging.getLogger("transformers").level == levels
     assert list(tmp_path.iterdir()) == []
@@ -78,12 +87,10 @@ def test_accumulation_is_one_large_batch(
     """Unequal micro-batches (24 = 10 + 10 + 4, sentences of unequal length) give the step of the whole."""
     task = request.getfixturevalue(kind)(24)
     make = request.getfixturevalue("bert" if kind == "sentiment" else "llama")
-    options: dict[str, Any] = {"max_steps": 1, "learning_rate": 1e-2, "warmup": 0.0, "dropout": 0.0}
+    options: dict[str, Any] = {"max_steps": 1, "learning_rate": 1e-2, "warmup": 0.0}
     if distilled:
         teacher = Teacher(make(width=32), task, tokenizer)
-        settings = Distillation(
-            alpha=0.6, hidden=0.5, relation=0.5, attention=0.5 if kind == "sentiment" else 0.0
-        )
+        settings = Distillation(alpha=0.6, hidden=0.5, relation=0.5, attention=0.5 if kind == "sentiment" else 0.0)
         options |= {"teacher": teacher, "distillation": settings}
         if kind == "sentiment":
             options["distillation"] = Distillation(alpha=0.6, hidden=0.5, relation=0.5, attention=0.5)
@@ -123,17 +130,13 @@ def test_epochs_may_be_fractions_and_steps_are_a_limit(
         assert fit(bert(), sentiment(), tokenizer, progress=False, **options).steps == steps
 
 
-def test_frozen_parts_keep_every_bit(
-    bert: Callable[..., Any], sentiment: Callable[..., Any], tokenizer: Any
-) -> None:
+def test_frozen_parts_keep_every_bit(bert: Callable[..., Any], sentiment: Callable[..., Any], tokenizer: Any) -> None:
     before, model = bert(), bert()
     fit(model, sentiment(), tokenizer, max_steps=3, learning_rate=1e-2, progress=False,
         freeze=("embeddings", "encoder.layer.0", "bert.encoder.layer.1.attention"))  # fmt: skip
     ours, theirs = model.state_dict(), before.state_dict()
     changed = {name for name in ours if not torch.equal(ours[name], theirs[name])}
-    assert changed and not any(
-        "word_embeddings" in n or "layer.0" in n or "layer.1.attention" in n for n in changed
-    )
+    assert changed and not any("word_embeddings" in n or "layer.0" in n or "layer.1.attention" in n for n in changed)
     assert "bert.encoder.layer.1.output.dense.weight" in changed
     with pytest.raises(LeanError, match="nowhere"):
         fit(model, sentiment(), tokenizer, freeze=("nowhere",), progress=False)
@@ -169,9 +172,7 @@ def test_half_precision_weights_are_trained_in_float32(
     assert same(half, whole.bfloat16())
 
 
-def test_callbacks_see_every_step(
-    bert: Callable[..., Any], sentiment: Callable[..., Any], tokenizer: Any
-) -> None:
+def test_callbacks_see_every_step(bert: Callable[..., Any], sentiment: Callable[..., Any], tokenizer: Any) -> None:
     seen: list[tuple[int, int]] = []
 
     class Mask:
@@ -200,9 +201,7 @@ def test_divergence_is_an_error_of_its_own(
     assert isinstance(caught.value, TrainingDiverged) and isinstance(caught.value, LeanError)
 
 
-def test_ctrl_c_leaves_a_usable_model(
-    bert: Callable[..., Any], sentiment: Callable[..., Any], tokenizer: Any
-) -> None:
+def test_ctrl_c_leaves_a_usable_model(bert: Callable[..., Any], sentiment: Callable[..., Any], tokenizer: Any) -> None:
     class Interrupt:
         def after_step(self, model: Any, step: int, total: int) -> None:
             if step == 2:
@@ -241,9 +240,7 @@ def test_an_embedder_without_a_teacher_has_nothing_to_learn_from(
         fit(bert(labels=0), embedding(), tokenizer, progress=False)
     pairs = embedding(24, objective="pairs")
     model = bert(labels=0)
-    assert (
-        fit(model, pairs, tokenizer, epochs=20, batch_size=8, learning_rate=5e-3, progress=False).loss < 2.0
-    )
+    assert fit(model, pairs, tokenizer, epochs=20, batch_size=8, learning_rate=5e-3, progress=False).loss < 2.0
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,7 @@ def copies() -> dict[str, Any]:
     mask = lengths_mask(3, 5, length=5)
     states, scores, classes = random(2, 5, 8), random(2, 2, 5, 5), random(4, 6)
     one = {
-        name: (classes, lambda s, t, n=name: losses.logits(s, t, objective=n, temperature=2.0))
-        for name in OBJECTIVES
+        name: (classes, lambda s, t, n=name: losses.logits(s, t, objective=n, temperature=2.0)) for name in OBJECTIVES
     }
     return one | {
         "regression": (classes, losses.regression),
@@ -45,7 +44,6 @@ def copies() -> dict[str, Any]:
         "cosine": (classes, losses.embedding_cosine),
         "similarity": (classes, losses.similarity),
         "scores": (scores, lambda s, t: losses.attention_scores(s, t, mask=mask)),
-        "attention": (scores, lambda s, t: losses.attention_kl(s, t, mask=mask)),
         "relation": (states, lambda s, t: losses.relation(s, t, heads=2, mask=mask, causal=True)),
     }
 
@@ -93,8 +91,9 @@ def test_finite_differences_of_the_others() -> None:
     scores, states = random(2, 2, 3, 3, dtype=torch.float64), random(2, 3, 4, dtype=torch.float64)
     teacher_states = random(2, 3, 6, seed=2, dtype=torch.float64)
     for loss, values in (
-        (lambda s: losses.attention_kl(s, scores.flip(-1), mask=mask, causal=True), scores),
         (lambda s: losses.relation(s, teacher_states, heads=2, mask=mask), states),
+        (lambda s: losses.relation(s, teacher_states, heads=2, mask=mask, causal=True), states),
+        (lambda s: losses.attention_scores(s, scores.flip(-1), mask=mask, causal=True), scores),
         (lambda s: losses.similarity(s[:, 0], teacher_states[:, 1], temperature=0.3), states),
         (lambda s: losses.embedding_cosine(s[:, 0], states[:, 1]), states),
     ):
@@ -139,13 +138,10 @@ def test_identity_4_padding_changes_nothing(causal: bool) -> None:
             losses.hidden_states(s, t, mask=mask).item(),
             losses.relation(s, t, heads=2, mask=mask, causal=causal).item(),
             losses.attention_scores(ss, st, mask=mask, causal=causal).item(),
-            losses.attention_kl(ss, st, mask=mask, causal=causal).item(),
         ]
 
     short = all_of(mask, states, others, scores, other_scores)
-    long = all_of(
-        longer, pad(states, 3, 1), pad(others, 3, 1), pad(scores, 3, 2, 3), pad(other_scores, 3, 2, 3)
-    )
+    long = all_of(longer, pad(states, 3, 1), pad(others, 3, 1), pad(scores, 3, 2, 3), pad(other_scores, 3, 2, 3))
     assert long == pytest.approx(short, rel=1e-5)
 
 
@@ -163,7 +159,6 @@ def test_identity_4_micro_batches_add_up() -> None:
                 losses.hidden_states(s, t, mask=m, count=tokens),
                 losses.relation(s, t, heads=2, mask=m, count=tokens),
                 losses.attention_scores(scores[rows], other_scores[rows], mask=m, count=pairs),
-                losses.attention_kl(scores[rows], other_scores[rows], mask=m, count=tokens),
                 losses.embedding_cosine(s[:, 0], t[:, 0], count=3),
             ]
         )
@@ -273,7 +268,6 @@ def test_bad_input_is_refused_in_a_sentence() -> None:
         lambda: losses.hidden_states(a, b, mask=mask),
         lambda: losses.relation(a, b, heads=2, mask=mask),
         lambda: losses.attention_scores(scores, scores[:, :1], mask=mask),
-        lambda: losses.attention_kl(scores, scores[:, :1], mask=mask),
         lambda: losses.similarity(a[:, 0], a[:1, 0]),
         lambda: losses.top_k_logits(a, a, a.long(), a[..., 0], temperature=2.0),
     ):

@@ -51,9 +51,7 @@ class Anatomy:
         config = getattr(base, "config", None) or getattr(model, "config", None)
         model_type = getattr(config, "model_type", None)
         if model_type is None:
-            raise LeanError(
-                f"{type(model).__name__} is not a transformers model: it has no config.model_type."
-            )
+            raise LeanError(f"{type(model).__name__} is not a transformers model: it has no config.model_type.")
         family = find(model_type)
         if family is None:
             known = ", ".join(sorted(name for entry in FAMILIES for name in entry.model_types))
@@ -63,9 +61,7 @@ class Anatomy:
             )
         layers = [layer for stack in family.stacks for layer in read_layers(base, stack, family)]
         if not layers:
-            raise LeanError(
-                f"{type(model).__name__} has no layers where the entry {family.name!r} expects them."
-            )
+            raise LeanError(f"{type(model).__name__} has no layers where the entry {family.name!r} expects them.")
         return cls(family=family, model=model, base=base, layers=tuple(layers))
 
     # -- sizes -------------------------------------------------------------------------------------------
@@ -145,9 +141,7 @@ class Anatomy:
         for layer in self.layers:
             if layer.feed_forward.path == path:
                 return layer.feed_forward
-        raise LeanError(
-            f"No feed-forward at {path!r}: the first one is at {self.layers[0].feed_forward.path!r}."
-        )
+        raise LeanError(f"No feed-forward at {path!r}: the first one is at {self.layers[0].feed_forward.path!r}.")
 
     @cached_property
     def roles(self) -> dict[str, str]:
@@ -171,9 +165,7 @@ class Anatomy:
             LeanError: no block linear stands there.
         """
         if path not in self.roles:
-            raise LeanError(
-                f"No linear of a layer at {path!r}: the first one is at {next(iter(self.roles))!r}."
-            )
+            raise LeanError(f"No linear of a layer at {path!r}: the first one is at {next(iter(self.roles))!r}.")
         return self.roles[path]
 
     def linears(self) -> dict[str, Projection]:
@@ -209,10 +201,7 @@ class Anatomy:
     def norms(self) -> list[Norm]:
         """Every norm on the residual stream: the stacks' (``embedding``, ``final``), then the layers'."""
         stacks = [
-            norm
-            for stack in self.family.stacks
-            if stack.name in self.stacks
-            for norm in stack_norms(self.base, stack)
+            norm for stack in self.family.stacks if stack.name in self.stacks for norm in stack_norms(self.base, stack)
         ]
         return stacks + [norm for layer in self.layers for norm in layer.norms]
 
@@ -296,9 +285,7 @@ class Anatomy:
         if norm.place == "final":
             if norm.reads == "encoder" and "decoder" in self.stacks:
                 crossing = [layer.cross_attention for layer in self.layers if layer.cross_attention]
-                return [
-                    projection for attention in crossing for projection in (attention.key, attention.value)
-                ]
+                return [projection for attention in crossing for projection in (attention.key, attention.value)]
             return list(self.outputs.values())
         if norm.place != "pre":
             return []

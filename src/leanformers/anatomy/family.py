@@ -111,8 +111,9 @@ class Family:
     ``norm_offset``: they multiply by ``1 + weight`` (Gemma) instead of ``weight``.
 
     ``shared_position_bias``: one position bias of all heads serves every layer (T5, MPNet), so heads cannot
-    be dropped layer by layer. ``stock_heads``: what stock transformers can hold when heads go:
-    ``fixed_head_dim`` (fewer heads of the same size) or ``divides`` (hidden_size must stay a multiple).
+    be dropped layer by layer. ``stock_heads``: what stock transformers can hold when the same number of heads
+    goes from every layer: ``fixed_head_dim`` (any number that is left), ``divides`` (one that divides
+    hidden_size) or ``never`` (the config has no head size of its own, fewer heads would be larger ones).
     ``positions_follow_padding``: position ids count up from the padding id.
 
     ``pooled``: modules that see one position of a sequence, in the base model or around it.
@@ -130,7 +131,7 @@ class Family:
     rms_norm: bool = False
     norm_offset: bool = False
     shared_position_bias: bool = False
-    stock_heads: Literal["fixed_head_dim", "divides"] = "divides"
+    stock_heads: Literal["fixed_head_dim", "divides", "never"] = "never"
     positions_follow_padding: bool = False
     pooled: tuple[str, ...] = ("pooler",)
     scores_every_position: bool = False

@@ -125,7 +125,5 @@ def layer_flops(anatomy: Anatomy, length: int, source_length: int | None = None)
 def model_flops(anatomy: Anatomy, length: int, source_length: int | None = None) -> int:
     """FLOPs of one forward pass over one sequence: layers, heads, poolers, embedding projections."""
     modules = dict(_outermost_linears(anatomy.model))
-    outer = sum(
-        rows.count(length) * linear_flops(modules[name]) for name, rows in outer_rows(anatomy).items()
-    )
+    outer = sum(rows.count(length) * linear_flops(modules[name]) for name, rows in outer_rows(anatomy).items())
     return layer_flops(anatomy, length, source_length) + outer

@@ -133,9 +133,7 @@ def _attention(
             key_size = (len(rows) - query_size) // 2
             parts = list(rows.split([query_size, key_size, key_size]))
         query, key, value = (Projection(_join(path, where.fused), fused, part) for part in parts)
-    extra = tuple(
-        Projection(_join(path, name), layer.get_submodule(name)) for name in where.extra if has(layer, name)
-    )
+    extra = tuple(Projection(_join(path, name), layer.get_submodule(name)) for name in where.extra if has(layer, name))
     positions, terms = 0, 0
     if where.positions and has(base, where.positions):
         positions = base.get_submodule(where.positions).weight.shape[0]

@@ -38,9 +38,7 @@ class Kind(StrEnum):
 _DATA, _SEARCH = "Data", "Search"
 ModelOption = Annotated[
     str,
-    typer.Option(
-        "--model", help="A folder, [b]minilm[/b], [b]smollm2[/b], or a name on the hub.", show_default=False
-    ),
+    typer.Option("--model", help="A folder, [b]minilm[/b], [b]smollm2[/b], or a name on the hub.", show_default=False),
 ]
 TaskOption = Annotated[
     str | None,
@@ -57,9 +55,7 @@ DataOption = Annotated[
     ),
 ]
 TextOption = Annotated[str | None, typer.Option("--text", help="Column of the texts.", rich_help_panel=_DATA)]
-LabelOption = Annotated[
-    str | None, typer.Option("--label", help="Column of the labels.", rich_help_panel=_DATA)
-]
+LabelOption = Annotated[str | None, typer.Option("--label", help="Column of the labels.", rich_help_panel=_DATA)]
 QueryOption = Annotated[
     str | None, typer.Option("--query", help="Column of the queries, for search.", rich_help_panel=_DATA)
 ]
@@ -72,25 +68,17 @@ KindOption = Annotated[
 ]
 ValidationOption = Annotated[
     str | None,
-    typer.Option(
-        "--validation", help="Split or file to choose by; else a share of --data.", rich_help_panel=_DATA
-    ),
+    typer.Option("--validation", help="Split or file to choose by; else a share of --data.", rich_help_panel=_DATA),
 ]
 TestOption = Annotated[
     str | None,
-    typer.Option(
-        "--test", help="Split or file to measure on; else a share of --data.", rich_help_panel=_DATA
-    ),
+    typer.Option("--test", help="Split or file to measure on; else a share of --data.", rich_help_panel=_DATA),
 ]
-SizeOption = Annotated[
-    int | None, typer.Option("--size", help="Training rows to use.", min=2, rich_help_panel=_DATA)
-]
+SizeOption = Annotated[int | None, typer.Option("--size", help="Training rows to use.", min=2, rich_help_panel=_DATA)]
 LengthOption = Annotated[
     int | None, typer.Option("--max-length", help="Longest input in tokens.", min=4, rich_help_panel=_DATA)
 ]
-MetricOption = Annotated[
-    str | None, typer.Option("--metric", help="What counts as quality.", rich_help_panel=_DATA)
-]
+MetricOption = Annotated[str | None, typer.Option("--metric", help="What counts as quality.", rich_help_panel=_DATA)]
 DropEmptyOption = Annotated[
     bool, typer.Option("--drop-empty", help="Leave out rows with empty values.", rich_help_panel=_DATA)
 ]
@@ -98,9 +86,7 @@ TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model from the hub.")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
-RuntimeOption = Annotated[
-    str, typer.Option("--runtime", help="Where the models run: torch or torch-compile.")
-]
+RuntimeOption = Annotated[str, typer.Option("--runtime", help="Where the models run: torch or torch-compile.")]
 
 
 def _version(wanted: bool) -> None:
@@ -154,9 +140,7 @@ def slim(
     ] = None,
     finalists: Annotated[
         int | None,
-        typer.Option(
-            "--finalists", help="Trainings in full, of the most promising.", min=0, rich_help_panel=_SEARCH
-        ),
+        typer.Option("--finalists", help="Trainings in full, of the most promising.", min=0, rich_help_panel=_SEARCH),
     ] = None,
     points: Annotated[
         int | None,
@@ -168,9 +152,7 @@ def slim(
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(
-            "--method", help="Search among these methods only (repeatable).", rich_help_panel=_SEARCH
-        ),
+        typer.Option("--method", help="Search among these methods only (repeatable).", rich_help_panel=_SEARCH),
     ] = None,
     runtime: RuntimeOption = "torch",
     seed: SeedOption = 0,

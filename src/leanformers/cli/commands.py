@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from leanformers.cli.console import out as console
-from leanformers.cli.console import quiet
+from leanformers.cli.console import quiet, silence_transformers
 from leanformers.cli.errors import INTERRUPTED
 from leanformers.errors import LeanError
 
@@ -24,9 +24,7 @@ def task_from(task: str | None, data: str | None, kind: Any = None, **options: A
     if kind is not None:
         given["kind"] = str(kind)
     if task is not None and data is not None:
-        raise LeanError(
-            "--task names packaged data and --data your own: give one of them (and --kind with --data)"
-        )
+        raise LeanError("--task names packaged data and --data your own: give one of them (and --kind with --data)")
     source = data if data is not None else task
     if source is None:
         if given:
@@ -43,6 +41,7 @@ def run_slim(model: str, task: Any, *, out: Path | None, **options: Any) -> None
     """Search, then print the frontier, where the report is, and how to load the best point."""
     from leanformers.frontier import slim
 
+    silence_transformers()
     given = {name: value for name, value in options.items() if value is not None}
     frontier = slim(model, task, out=out, progress=not quiet(), **given)
     data = json.loads((frontier.folder / "frontier.json").read_text("utf-8"))
@@ -82,6 +81,7 @@ def run_apply(
     from leanformers.report.snippets import load_lines
     from leanformers.surgery import tier
 
+    silence_transformers()
     read = Recipe.load(recipe)
     chosen = task_of(read.task) if task is None else task
     source: Any = model or read.model
@@ -91,9 +91,7 @@ def run_apply(
         source = load(source, chosen, trust_remote_code=True)
     lean, _ = run(read, source, chosen, out=out, seed=seed, progress=True)
     screen = console()
-    screen.print(
-        f"\n{out} holds the {tier(lean)} model, its recipe and its measurement.", markup=False, soft_wrap=True
-    )
+    screen.print(f"\n{out} holds the {tier(lean)} model, its recipe and its measurement.", markup=False, soft_wrap=True)
     if chosen is not None:
         for line in load_lines(str(out), chosen.kind, tier(lean)):
             screen.print(f"    {line}", markup=False, soft_wrap=True)
@@ -107,12 +105,12 @@ def run_measure(
     from leanformers.measure.environment import describe
     from leanformers.tasks import load
 
+    silence_transformers()
+
     def loaded(name: str) -> Any:
         return load(name, task, trust_remote_code=trust_remote_code)
 
-    folders = {
-        key: name for key, name in (("baseline", baseline), ("model", model)) if name and Path(name).is_dir()
-    }
+    folders = {key: name for key, name in (("baseline", baseline), ("model", model)) if name and Path(name).is_dir()}
     other = None
     if baseline is None:
         found = measure(loaded(model), task, folder=folders.get("model"), **options)
@@ -140,5 +138,6 @@ def run_advise(model: str, task: Any, *, length: int, trust_remote_code: bool) -
     from leanformers.cli import tables
     from leanformers.tasks import load
 
+    silence_transformers()
     loaded = load(model, task, trust_remote_code=trust_remote_code)
     console().print(tables.advice(advise(loaded, task, length=length), length))

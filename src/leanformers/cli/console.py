@@ -29,11 +29,21 @@ def set_up(*, quiet: bool = False, verbose: bool = False) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not verbose:
         warnings.filterwarnings("ignore")
+        for name in ("torchao", "torch.utils._pytree"):  # of kernels for other machines, of their own plans
+            logging.getLogger(name).setLevel(logging.ERROR)
     logger = logging.getLogger("leanformers")
     logger.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING)
     if not any(getattr(handler, "_leanformers", False) for handler in logger.handlers):
         logger.addHandler(_handler())
         logger.propagate = False
+
+
+def silence_transformers() -> None:
+    """Once a command loads models anyway: no bars for each file that is read or written."""
+    from transformers.utils import logging as chatter
+
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
 
 
 def _handler() -> Any:

@@ -50,7 +50,7 @@ def show_method(name: str) -> None:
     console.print(Text.assemble((info.slug, "bold"), "  ", info.title))
     if info.paper:
         console.print(info.paper, style="dim", markup=False)
-    for text in (documentation(info), inspect.cleandoc(info.doc)):
+    for text in (documentation(info), own_doc(info)):
         if text:
             console.print(Padding(Text(reflowed(text)), (1, 0, 0, 0)))
     console.print()
@@ -110,6 +110,13 @@ def documentation(info: Any) -> str:
     return inspect.cleandoc(sys.modules[info.cls.__module__].__doc__ or "")
 
 
+def own_doc(info: Any) -> str:
+    """The docstring of the method's class, without a first line that is its title."""
+    text = inspect.cleandoc(info.doc)
+    first, _, rest = text.partition("\n")
+    return rest.strip() if first.rstrip(".") == info.title else text
+
+
 def settings_rows(info: Any) -> list[list[str]]:
     """Name, type, default, what a search tries, and help of each setting."""
     space = info.space()
@@ -123,9 +130,7 @@ def allowed(entry: Any) -> str:
     """The type of a setting with its bounds or values."""
     if entry.choices is not None:
         return "one of " + ", ".join(map(_shown, entry.choices))
-    bounds = [
-        f"{word} {bound:g}" for word, bound in (("from", entry.low), ("to", entry.high)) if bound is not None
-    ]
+    bounds = [f"{word} {bound:g}" for word, bound in (("from", entry.low), ("to", entry.high)) if bound is not None]
     return " ".join([entry.type_name, *bounds])
 
 

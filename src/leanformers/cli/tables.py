@@ -15,7 +15,7 @@ from leanformers.report.quantities import QUANTITIES, TABLE, metric_title, ratio
 
 
 def _table(*columns: str, numbers: Sequence[str] = ()) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim", show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, header_style="dim", show_edge=False)
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
     return table
@@ -29,18 +29,17 @@ def _cell(point: Mapping[str, Any], key: str) -> Text:
 
 def frontier(data: Mapping[str, Any]) -> Group:
     """The non-dominated points, then the baseline and the references, each with its ratios."""
-    titles = [
-        metric_title(data.get("task", {})) if key == "quality" else QUANTITIES[key].title for key in TABLE
-    ]
+    titles = [metric_title(data.get("task", {})) if key == "quality" else QUANTITIES[key].title for key in TABLE]
     titles = ["bytes" if title == "bytes on disk" else title for title in titles]
-    table = _table("point", *titles, "loads with", numbers=titles)
+    table = _table("point", *titles, "tier", numbers=titles)
+    marks = view.letters(data)
     winners = [point for point in data.get("points", ()) if point.get("status") == "frontier"]
     for point in winners:
         best = point["name"] == data.get("best")
-        name = Text.assemble((str(point["name"]), "bold green" if best else "bold"))
-        what = view.summary(point)
-        if what and not str(point["name"]).startswith(what.replace(" + ", "+")):
-            name.append(f"\n{what}", "dim")
+        name = Text.assemble((marks[str(point["name"])] + " ", "green"))
+        name.append(view.summary(point) or str(point["name"]), "bold green" if best else "bold")
+        if view.summary(point):
+            name.append(f"\n{point['name']}", "dim")
         table.add_row(name, *(_cell(point, key) for key in TABLE), point.get("tier") or "–")
     table.add_section()
     for point in [data["baseline"], *data.get("references", ())]:
@@ -55,9 +54,7 @@ def measurement(found: Any, baseline: Any = None, name: str = "", baseline_name:
     lines: list[tuple[str, str, str, str, str]] = []  # title, baseline's, own, ratio, unit
     for key, quantity in QUANTITIES.items():
         title = metric_title({"metric": found.metric}) if key == "quality" else quantity.title
-        lines.append(
-            (title, *_pair(found, baseline, key, quantity.write), _ratio(ratios, key), quantity.unit)
-        )
+        lines.append((title, *_pair(found, baseline, key, quantity.write), _ratio(ratios, key), quantity.unit))
         if key == "latency":
             pair = _pair(found, baseline, "latency_p95", quantity.write)
             lines.append(("latency, 95 of 100 below", *pair, _ratio(ratios, "latency_p95"), quantity.unit))
@@ -85,6 +82,40 @@ def _pair(found: Any, baseline: Any, key: str, write: Callable[[float], str]) ->
 
 def _ratio(ratios: Mapping[str, float], key: str) -> str:
     return ratio(ratios[key]) if key in ratios else "–"
+
+
+def advice(found: Sequence[Any], length: int) -> Group:
+    """What each method is estimated to save, then those that do not suit and why."""
+    from leanformers.methods import NEEDS
+
+    table = _table("method", "parameters", "bytes", "FLOPs", "needs", numbers=["parameters", "bytes", "FLOPs"])
+    for entry in found:
+        if not entry.suits:
+            continue
+        settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in entry.settings.items())
+        name = Text.assemble((entry.method, "bold"), (f"\n{settings}" if settings else "", "dim"))
+        cells = [_estimate(entry, key) for key in ("parameters", "bytes", "flops")]
+        table.add_row(name, *cells, Text(", ".join(NEEDS.get(need, need) for need in entry.needs), "dim"))
+    refused = [f"{entry.method}: {entry.reason}" for entry in found if not entry.suits]
+    notes = [
+        Text(
+            f"\nEstimated from sizes alone; FLOPs of one sequence of {length} tokens. "
+            "A dash: it cannot be known before, or there is nothing to save. "
+            "Quality and speed are not estimated: leanformers slim measures both.",
+            "dim",
+        )
+    ]
+    if refused:
+        notes.append(Text("\nDoes not suit\n" + "\n".join(f"  {line}" for line in refused)))
+    return Group(table, *notes)
+
+
+def _estimate(entry: Any, key: str) -> Text:
+    """A total after the method, over its ratio to the model as it is."""
+    value, share = getattr(entry, key), entry.ratios.get(key)
+    if value is None:
+        return Text("–")
+    return Text.assemble(QUANTITIES[key].write(value), ("\n" + ratio(share) if share is not None else "", "dim"))
 
 
 def rows(columns: Sequence[str], lines: Sequence[Sequence[str]], numbers: Sequence[str] = ()) -> Table:

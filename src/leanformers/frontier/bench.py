@@ -75,6 +75,9 @@ class Workbench:
     None to fine-tune only where the head is new.
     """
 
+    quick_seconds = 1.5  # of timing, for an estimate
+    last_seconds = 10.0  # for the last measurement, all models together
+
     def __init__(
         self,
         folder: Path,
@@ -146,16 +149,14 @@ class Workbench:
             save_checkpoint(partial, subject.model, subject.tokenizer, self.task)
             provenance(partial, replace(self.recipe, steps=tuple(tune)))
             pair = (subject.model, subject.tokenizer)
-            whole = measure(pair, self.task, folder=partial, limit=self.test, **self.timing)
-            part = measure(
-                pair, self.task, folder=partial, limit=self.validation, split="validation", **self._quick()
-            )
+            whole = measure(pair, self.task, folder=partial, limit=self.test, seconds=self.last_seconds, **self.timing)
+            part = measure(pair, self.task, folder=partial, limit=self.validation, split="validation", **self._quick())
             folders.write_json(partial / "validation.json", part.to_json())
             folders.write_json(partial / "measurement.json", whole.to_json())
             _remove(partial / "training")
 
     def _quick(self) -> dict[str, Any]:
-        return {**self.timing, "batches": 4, "seconds": 1.5}
+        return {**self.timing, "batches": 4, "seconds": self.quick_seconds}
 
     def _subject(self, model: Any, tokenizer: Any, **more: Any) -> Subject:
         return Subject(
@@ -272,7 +273,7 @@ class Workbench:
             model, tokenizer = self._load(places[name])
             models[name] = (model.to(self.device), tokenizer)
         try:
-            return compare(models, self.task, folders=places, limit=self.test, **self.timing)
+            return compare(models, self.task, folders=places, limit=self.test, seconds=self.last_seconds, **self.timing)
         finally:
             models.clear()
             _free()

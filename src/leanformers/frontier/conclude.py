@@ -19,7 +19,7 @@ from leanformers.frontier.goals import Goal
 from leanformers.frontier.pareto import dominates, non_dominated, spread
 from leanformers.frontier.result import Frontier, Point, minimised
 from leanformers.frontier.search import Search
-from leanformers.frontier.select import reference_of
+from leanformers.frontier.select import KEPT, reference_of
 from leanformers.frontier.space import Steps, name_of, trained_prefix
 from leanformers.recipe import Recipe
 
@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 _OWN = {"steps.json", RESULT}  # of the search, not of a point
 
 
-def points_of(
-    search: Search, bench: Bench, recipe: Recipe, baseline: Measurement
-) -> tuple[Point, list[Point]]:
+def points_of(search: Search, bench: Bench, recipe: Recipe, baseline: Measurement) -> tuple[Point, list[Point]]:
     """The baseline and all that was tried, measured once more side by side where it was run in full.
 
     recipe: the baseline's, to which a point's steps are added. A second Ctrl-C skips the measurement; the
@@ -42,7 +40,7 @@ def points_of(
     known = {name: result for name, result in results.items() if result is not None}
     names = list(known)
     vectors = [minimised(known[name].ratios, search.objectives) for name in names]
-    corner = reference_of(search.goals, search.objectives)
+    corner = reference_of(search.goals, search.objectives, KEPT)
     kept = spread(vectors, search.effort.points, corner) or non_dominated(vectors)[: search.effort.points]
     compared = _compare(bench, [names[i] for i in kept], baseline)
     first = Point(
@@ -104,11 +102,7 @@ def _ranked(points: Sequence[Point], baseline: Point, objectives: Sequence[str])
         if place in winners:
             ranked.append(replace(point, status="frontier"))
             continue
-        better = [
-            i
-            for i in sorted(winners)
-            if dominates(vectors[i], vectors[place]) or vectors[i] == vectors[place]
-        ]
+        better = [i for i in sorted(winners) if dominates(vectors[i], vectors[place]) or vectors[i] == vectors[place]]
         by = everyone[better[0]].name if better else "another point"
         ranked.append(replace(point, reason=f"{by} is at least as good in {_list(objectives)}"))
     return ranked
@@ -123,9 +117,7 @@ def _others(search: Search, recipe: Recipe, saved: set[str]) -> list[Point]:
         name = name_of(record.steps, record.key)
         if name in saved or record.state == "running" or (record.state == "cut off"):
             continue
-        point = Point(
-            name=name, status="failed", recipe=replace(recipe, steps=(*recipe.steps, *record.steps))
-        )
+        point = Point(name=name, status="failed", recipe=replace(recipe, steps=(*recipe.steps, *record.steps)))
         failure = search.failure(record.steps)
         if record.result is None:
             found.append(replace(point, reason=record.reason or "it failed"))
@@ -196,14 +188,10 @@ def write(frontier: Frontier) -> None:
     with FileLock(frontier.folder / "locks" / "report.lock"):
         folders.write_json(frontier.folder / "frontier.json", data)
         with folders.guarding_disk(frontier.folder):
-            write_report(
-                json.loads((frontier.folder / "frontier.json").read_text()), frontier.folder / "report.html"
-            )
+            write_report(json.loads((frontier.folder / "frontier.json").read_text()), frontier.folder / "report.html")
 
 
-def reference_points(
-    folder: Path, task: Any, baseline: Measurement, limit: int | None, seed: int
-) -> list[Point]:
+def reference_points(folder: Path, task: Any, baseline: Measurement, limit: int | None, seed: int) -> list[Point]:
     """TF-IDF with a linear model, where that can do the task: fitted once and kept."""
     from leanformers.measure import Measurement
     from leanformers.tasks import tfidf
@@ -229,9 +217,7 @@ def reference_points(
     if record is None:
         return []
     measured = Measurement.from_json(record["measurement"])
-    return [
-        Point(name=record["name"], status="reference", measurement=measured, ratios=measured.ratios(baseline))
-    ]
+    return [Point(name=record["name"], status="reference", measurement=measured, ratios=measured.ratios(baseline))]
 
 
 def _link(source: str, target: str) -> None:

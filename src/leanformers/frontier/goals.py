@@ -15,9 +15,7 @@ GRAMMAR = (
     "METRIC<=NUMBER or METRIC>=NUMBER, METRIC being quality, latency, bytes, parameters, flops or memory, "
     "and NUMBER a ratio to the baseline (0.5x) or a value with or without a unit (120MB, 5ms, 10M)"
 )
-_SHAPE = re.compile(
-    r"^\s*([a-zA-Z_]+)\s*(<=|>=|≤|≥)\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Zµ×]*)\s*$"
-)
+_SHAPE = re.compile(r"^\s*([a-zA-Z_]+)\s*(<=|>=|≤|≥)\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Zµ×]*)\s*$")
 _COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 _BYTES = {"": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
@@ -94,6 +92,14 @@ def parse(text: str, better: str = "higher") -> Goal:
     if value <= 0:
         raise LeanError(f"the goal {text!r} cannot be reached: its number must be above 0")
     return Goal(metric=metric, value=value, relative=relative, upper=upper)
+
+
+def relative(goal: Goal, quality: float, better: str) -> Goal:
+    """The same goal as a ratio, where it is one on quality in the task's own unit; others as they are."""
+    if goal.metric != "quality" or goal.relative or not quality:
+        return goal
+    ratio = goal.value / quality if better == "higher" else quality / goal.value
+    return Goal(metric="quality", value=ratio, relative=True, upper=False)
 
 
 def parse_all(texts: str | Iterable[str], better: str = "higher") -> tuple[Goal, ...]:

@@ -95,9 +95,9 @@ class Frontier:
         """The point to take: of those that meet every goal the cheapest, else the one that misses least."""
         return min(self.points, key=lambda point: _badness(point, self.goals, self.objectives), default=None)
 
-    def hypervolume(self, quality: float = 0.9) -> float:
-        """Volume dominated by the points, in ratios, above this quality and below the baseline's costs."""
-        corner = (-quality, *(1.0 for _ in self.objectives[1:]))
+    def hypervolume(self, quality: float = 0.9, cost: float = 1.1) -> float:
+        """Volume dominated by the points, in ratios, above this quality and below these costs."""
+        corner = (-quality, *(cost for _ in self.objectives[1:]))
         return hypervolume([minimised(point.ratios, self.objectives) for point in self.points], corner)
 
     def to_json(self) -> dict[str, Any]:
@@ -122,9 +122,7 @@ class Frontier:
         }
 
 
-def minimised(
-    ratios: Mapping[str, float], objectives: Sequence[str], digits: int | None = None
-) -> tuple[float, ...]:
+def minimised(ratios: Mapping[str, float], objectives: Sequence[str], digits: int | None = None) -> tuple[float, ...]:
     """Ratios as a vector to minimise, unknown ones as the baseline's. digits: round, against noise."""
     found = [-ratios.get("quality", 0.0), *(ratios.get(cost, 1.0) for cost in objectives[1:])]
     if digits is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -20,9 +21,18 @@ from leanformers import folders
 from leanformers.frontier.bench import RESULT, Bench, Result
 from leanformers.frontier.goals import Goal
 from leanformers.frontier.pareto import spread
-from leanformers.frontier.select import Candidate, next_to_train, reference_of, regained, vector
+from leanformers.frontier.propose import propose
+from leanformers.frontier.select import (
+    KEPT,
+    Candidate,
+    best_of_aims,
+    next_to_train,
+    reference_of,
+    regained,
+    vector,
+)
 from leanformers.frontier.space import Space, Steps, name_of, trained_prefix
-from leanformers.frontier.store import Store
+from leanformers.frontier.store import Record, Store
 from leanformers.recipe import key_of
 
 _log = logging.getLogger(__name__)
@@ -81,7 +91,7 @@ class Search:
         left = self.seconds_left
         until = None if left is None else time.monotonic() + 0.4 * left
         while until is None or time.monotonic() < until:
-            taken = self.store.next(self.effort.trials)
+            taken = self.store.next(self.effort.trials, self._propose)
             if taken is None:
                 if not self.store.others_running():
                     break
@@ -89,10 +99,21 @@ class Search:
                 continue
             self._estimate(*taken)
 
+    def _propose(self, records: list[Record], seen: set[str]) -> Steps | None:
+        """The recipe that promises most, with training's gain added to the estimates."""
+        candidates = self.candidates(records)
+        share = regained(candidates)
+        tried = [(c.steps, vector(c, self.objectives, share)) for c in candidates]
+        corner = reference_of(self.goals, self.objectives)
+        return propose(self.space, tried, corner, seen, self.store.seed + len(records))
+
     def _estimate(self, number: int, steps: Steps) -> None:
         label = describe(steps)
         try:
             result = self.bench.estimate(steps)
+            values = [result.ratios.get(name, 1.0) for name in self.objectives]
+            if not all(map(math.isfinite, values)):
+                raise FloatingPointError(f"it cannot be compared with the baseline ({told(result, self.objectives)})")
         except KeyboardInterrupt:
             self.store.cut_off(number)
             raise
@@ -104,7 +125,6 @@ class Search:
             self.store.failed(number, why(error))
             self.say(f"{label}: failed, {why(error)}")
             return
-        values = [result.ratios.get(name, 1.0) for name in self.objectives]
         self.store.done(number, values, result.to_json())
         self.say(f"{label}: {told(result, self.objectives)} estimated in {result.seconds:.0f} s")
 
@@ -129,13 +149,14 @@ class Search:
 
     def _finish(self) -> None:
         """Save those of the best that need no further training."""
-        corner = reference_of(self.goals, self.objectives)
+        corner = reference_of(self.goals, self.objectives, KEPT)
         for _ in range(3):  # a failure makes room for another
             candidates = self.candidates()
             share = regained(candidates)
             free = [c for c in candidates if c.known or (not c.failed and self._begun(c.steps))]
             vectors = [vector(c, self.objectives, share) for c in free]
             chosen = [free[i] for i in spread(vectors, self.effort.points, corner)]
+            chosen += [c for c in best_of_aims(free, self.goals, share) if c not in chosen]
             missing = [c for c in chosen if self.saved(c.steps) is None]
             if not missing:
                 break
@@ -167,10 +188,10 @@ class Search:
         return False
 
     # -- what is known -------------------------------------------------------------------------------------
-    def candidates(self) -> list[Candidate]:
+    def candidates(self, records: Sequence[Record] | None = None) -> list[Candidate]:
         """All recipes that were estimated, in the order of their trials, with what is known of them."""
         found = []
-        for record in self.store.records():
+        for record in self.store.records() if records is None else records:
             if record.state != "done" or record.result is None:
                 continue
             result, steps, saved = Result(**record.result), record.steps, self.saved(record.steps)

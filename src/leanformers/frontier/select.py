@@ -20,6 +20,8 @@ REGAINED = 0.5
 """Share of the estimate's quality gap that full training is taken to close, before it has been seen."""
 NEARLY = 0.97
 """Quality, as a ratio, that an aim asks for where no goal does."""
+KEPT = 3.0
+"""Costs, as a ratio, above which no point is kept."""
 _GAIN = 1e-3
 _BETTER = 2e-3
 
@@ -74,9 +76,13 @@ def quality_floor(goals: Sequence[Goal]) -> float:
     return max(asked, default=NEARLY)
 
 
-def reference_of(goals: Sequence[Goal], objectives: Sequence[str]) -> tuple[float, ...]:
-    """The corner of the hypervolume: a tenth below the quality asked for, costs as the baseline's."""
-    return (-(quality_floor(goals) - 0.1), *(1.0 for _ in objectives[1:]))
+def reference_of(goals: Sequence[Goal], objectives: Sequence[str], cost: float = 1.1) -> tuple[float, ...]:
+    """The corner of the hypervolume: 0.15 below the quality asked for, costs at `cost` times the baseline's.
+
+    A little above 1 where gains are weighed, so that a recipe that leaves one cost as it is counts; well
+    above where points are kept, since what saves bytes may cost time.
+    """
+    return (-(quality_floor(goals) - 0.15), *(cost for _ in objectives[1:]))
 
 
 def vector(candidate: Candidate, objectives: Sequence[str], share: float) -> Vector:
@@ -117,9 +123,7 @@ def next_to_train(
         fitting = [c for c in waiting if c in reached]
         if not fitting:
             continue
-        best = max(
-            fitting, key=lambda c: (predicted(c, share), -sum(c.ratios.get(o, 1.0) for o in objectives[1:]))
-        )
+        best = max(fitting, key=lambda c: (predicted(c, share), -sum(c.ratios.get(o, 1.0) for o in objectives[1:])))
         tried = [c.full for c in reached if c.full is not None]
         if not tried:
             return best
@@ -144,6 +148,17 @@ def _widest(
     gains = [(hypervolume([*front, vector(c, objectives, share)], corner) - base, c) for c in waiting]
     best = max(gains, key=lambda pair: pair[0], default=(0.0, None))
     return best[1] if best[0] > _GAIN * max(base, 1e-2) else None
+
+
+def best_of_aims(candidates: Sequence[Candidate], goals: Sequence[Goal], share: float) -> list[Candidate]:
+    """For each aim the candidate of the highest quality that reaches it."""
+    found: list[Candidate] = []
+    for aim in aims(goals):
+        reached = [c for c in candidates if _meets(aim, c)]
+        if reached:
+            best = max(reached, key=lambda c: predicted(c, share))
+            found += [best] if best not in found else []
+    return found
 
 
 def _meets(aim: Sequence[Goal], candidate: Candidate) -> bool:

@@ -17,7 +17,7 @@ from leanformers.errors import LeanError
 from leanformers.execute import task_of
 from leanformers.frontier.bench import BASELINE, Workbench, check_steps
 from leanformers.frontier.conclude import points_of, reference_points, write, write_points
-from leanformers.frontier.goals import objectives, parse_all
+from leanformers.frontier.goals import Goal, objectives, parse_all, relative
 from leanformers.frontier.result import FILE, Frontier
 from leanformers.frontier.search import Effort, Search
 from leanformers.frontier.space import Space
@@ -98,7 +98,7 @@ def slim(
     folder = Path(out) if out is not None else Path("runs") / _default_name(recipe, the_task)
     say = _teller(progress)
     with folders.guarding_disk(folder):
-        created = _open_run(folder, recipe, the_task, steps)
+        created = _open_run(folder, recipe, the_task, steps, model)
         bench = Workbench(
             folder,
             model,
@@ -123,7 +123,8 @@ def slim(
         references = reference_points(folder, the_task, baseline, test, seed)
         suited, skipped = _suited(infos, bench, explicit=methods is not None)
         space = Space(list(suited.values()))
-        search = Search(folder, bench, space, wanted, objectives(wanted), effort, seed=seed, say=say)
+        asked = [relative(goal, baseline.quality, the_task.better) for goal in wanted]
+        search = Search(folder, bench, space, asked, objectives(asked), effort, seed=seed, say=say)
         search.start = start
         status = "complete"
         try:
@@ -132,12 +133,13 @@ def slim(
         except KeyboardInterrupt:
             status = "interrupted"
             say("interrupted: measuring what there is (Ctrl-C again to leave that out)")
-        return _conclude(search, bench, baseline, references, skipped, status, created, start)
+        return _conclude(search, bench, wanted, baseline, references, skipped, status, created, start)
 
 
 def _conclude(
     search: Search,
     bench: Workbench,
+    goals: Sequence[Goal],
     baseline: Any,
     references: Sequence[Any],
     skipped: Mapping[str, str],
@@ -159,7 +161,7 @@ def _conclude(
             folder=folder,
             model=str(bench.recipe.model),
             task=task,
-            goals=search.goals,
+            goals=tuple(goals),
             objectives=search.objectives,
             baseline=first,
             references=tuple(references),
@@ -176,7 +178,7 @@ def _conclude(
     return frontier
 
 
-def _open_run(folder: Path, recipe: Recipe, task: Any, tune: Any) -> str:
+def _open_run(folder: Path, recipe: Recipe, task: Any, tune: Any, model: Any) -> str:
     """Make the run folder or go on in it; returns when it was made (ISO 8601).
 
     Raises:
@@ -190,6 +192,7 @@ def _open_run(folder: Path, recipe: Recipe, task: Any, tune: Any) -> str:
         "seed": recipe.seed,
         "dtype": recipe.dtype,
         "tune": tune,
+        "weights": _weights(model),
     }
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     (folder / "locks").mkdir(parents=True, exist_ok=True)
@@ -201,11 +204,18 @@ def _open_run(folder: Path, recipe: Recipe, task: Any, tune: Any) -> str:
     for name, value in ours.items():
         if theirs.get(name) != value:
             shown = (theirs.get("task_name"), task.name) if name == "task" else (theirs.get(name), value)
-            other = (
-                "with other data or settings" if shown[0] == shown[1] else f"{shown[0]!r}, not {shown[1]!r}"
-            )
+            other = "with other data or settings" if shown[0] == shown[1] else f"{shown[0]!r}, not {shown[1]!r}"
             raise LeanError(f"{folder} holds a search whose {name} is {other}: choose another --out")
     return str(theirs["created"])
+
+
+def _weights(model: Any) -> str | None:
+    """What tells a loaded model from another of its name."""
+    if isinstance(model, str | Path):
+        return None
+    from leanformers.surgery import content_hash
+
+    return content_hash(model[0] if isinstance(model, tuple) else model)
 
 
 def _is_run(folder: Path) -> bool:
@@ -237,6 +247,8 @@ def _suited(
     suited, skipped = {}, {}
     for slug, info in infos.items():
         reason = info.missing(subject) or info.unsuitable(anatomy, bench.task)
+        if reason is None and not explicit and info.stage != "prepare" and not info.starts():
+            reason = f"method '{slug}' offers a search nothing to start with; name it to have it tried"
         if reason is None:
             suited[slug] = info
         elif explicit and info.stage != "prepare":

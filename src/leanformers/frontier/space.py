@@ -69,9 +69,7 @@ class Space:
                     step=1 if allowed.log else step,
                 )
             else:
-                value = trial.suggest_float(
-                    label, allowed.low, allowed.high, log=allowed.log, step=allowed.step
-                )
+                value = trial.suggest_float(label, allowed.low, allowed.high, log=allowed.log, step=allowed.step)
                 drawn[name] = float(f"{value:.3g}")  # recipes are read by people
         return drawn
 
@@ -124,13 +122,14 @@ class Space:
         return unique
 
     def _starts(self, slug: str) -> Steps:
-        """A method's first settings, those that the space draws written out, so that equal recipes look equal."""
+        """A method's first settings, with those that the space draws written out: equals look equal."""
         info = self.infos[slug]
         usual = {entry.name: entry.default for entry in info.settings if entry.name in info.space()}
         return [{"method": slug, **usual, **settings} for settings in info.starts()]
 
     def _first(self, stage: str) -> Steps:
-        return [self._starts(slug)[0] for slug in self.stage(stage)[:1]]
+        """The first of the stage's starts, if it has any."""
+        return [step for slug in self.stage(stage) for step in self._starts(slug)[:1]][:1]
 
 
 def trained_prefix(infos: Mapping[str, MethodInfo], steps: Sequence[Mapping[str, Any]]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,9 @@ class Record:
     state: str
     result: dict[str, Any] | None = None
     reason: str | None = None
+
+
+Propose = Callable[[list[Record], set[str]], Steps | None]
 
 
 class Store:
@@ -101,8 +104,12 @@ class Store:
         self.study.enqueue_trial(self.space.params(steps), user_attrs=attributes)
 
     # -- taking and ending ---------------------------------------------------------------------------------
-    def next(self, wanted: int) -> tuple[int, Steps] | None:
+    def next(self, wanted: int, propose: Propose | None = None) -> tuple[int, Steps] | None:
         """Take a recipe that was not tried yet: (trial's number, steps).
+
+        propose: gives a recipe when none is put up, from the records and the keys that are taken; where it
+            gives
+        none, or without it, the study's sampler draws.
 
         None when `wanted` recipes were tried or are in hand, or when the space seems exhausted.
         """
@@ -114,13 +121,15 @@ class Store:
             if sum(record.state in ("done", "failed", "running") for record in records) >= wanted:
                 return None
             seen = {record.key for record in records if record.state != "cut off"}
+            if propose is not None and not self._waiting():
+                proposed = propose(records, seen)
+                if proposed:
+                    self._put_up(proposed, attempt=1)
             usual = self.study.sampler
             try:
                 for draw in range(_DRAWS):
                     if draw == _RANDOM_FROM:
-                        self.study.sampler = optuna.samplers.RandomSampler(
-                            seed=self.seed + len(self.study.trials)
-                        )
+                        self.study.sampler = optuna.samplers.RandomSampler(seed=self.seed + len(self.study.trials))
                     trial = self.study.ask()
                     lock = self._take(f"trial-{trial.number}")
                     assert lock is not None
@@ -139,6 +148,11 @@ class Store:
             finally:
                 self.study.sampler = usual
         return None
+
+    def _waiting(self) -> bool:
+        import optuna
+
+        return bool(self.study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.WAITING]))
 
     def done(self, number: int, values: Sequence[float], result: dict[str, Any]) -> None:
         """Write a trial's result: the objectives' values and all that was measured."""
@@ -164,9 +178,7 @@ class Store:
             trial.set_user_attr("reason", reason)
             self.study.tell(number, state=optuna.trial.TrialState.FAIL)
             if state == "cut off":
-                self._put_up(
-                    json.loads(trial.user_attrs["steps"]), attempt=trial.user_attrs.get("attempt", 1)
-                )
+                self._put_up(json.loads(trial.user_attrs["steps"]), attempt=trial.user_attrs.get("attempt", 1))
             self._release(number)
 
     def _trial(self, number: int) -> optuna.Trial:
@@ -209,11 +221,7 @@ class Store:
         for frozen in self.study.get_trials(deepcopy=False):
             attributes = frozen.user_attrs
             state = states.get(frozen.state.name, attributes.get("state"))
-            if (
-                frozen.state == optuna.trial.TrialState.WAITING
-                or state == "duplicate"
-                or "key" not in attributes
-            ):
+            if frozen.state == optuna.trial.TrialState.WAITING or state == "duplicate" or "key" not in attributes:
                 continue
             found.append(
                 Record(

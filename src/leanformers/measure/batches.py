@@ -112,15 +112,11 @@ def real_batches(
     features = {name: task.features(tok, split, limit) for name, tok in tokenizers.items()}
     first = next(iter(features.values()))
     if not len(first):
-        raise LeanError(
-            f"The split {split!r} of task {task.name!r} has no rows to measure on: add rows to it."
-        )
+        raise LeanError(f"The split {split!r} of task {task.name!r} has no rows to measure on: add rows to it.")
     if all(len(rows) == len(first) for rows in features.values()):
         shared = _groups(first[:limit], batch_size, drop=True)
         return {
-            name: describe_batches(
-                task.collate(tokenizers[name], [rows[i] for i in group]) for group in shared
-            )
+            name: describe_batches(task.collate(tokenizers[name], [rows[i] for i in group]) for group in shared)
             for name, rows in features.items()
         }
     rows_kept = limit

@@ -70,9 +70,7 @@ def _distinct(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         keys: list[Any] = [id(tensor)]
         plain = not hasattr(tensor, "__tensor_flatten__") and tensor.layout is torch.strided
         if plain and tensor.device.type != "meta" and tensor.numel():
-            keys.append(
-                (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-            )
+            keys.append((tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype))
         if seen.isdisjoint(keys):
             seen.update(keys)
             yield tensor
@@ -87,7 +85,9 @@ class FolderBytes:
     other: int
 
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack")
+# The weights are those of the first format that is there: a hub folder often holds several.
+_FORMATS = ((".safetensors",), (".bin",), (".pt", ".pth"), (".gguf",), (".onnx", ".onnx_data"), (".h5",))
+_TRAINER = ("optimizer", "scheduler", "training_args", "rng_state", "scaler")
 _TOKENIZER = (
     "tokenizer",
     "vocab",
@@ -98,14 +98,13 @@ _TOKENIZER = (
     "sentencepiece",
     "chat_template",
 )
-_NOT_WEIGHTS = ("optimizer", "scheduler", "training_args", "rng_state", "scaler")
 
 
 def bytes_on_disk(folder: str | Path) -> FolderBytes:
-    """Bytes of a checkpoint folder: weights, tokenizer, and the rest of it (config, card, trainer state).
+    """Bytes of a checkpoint folder: weights, tokenizer, and the rest of it (config, card, other formats).
 
-    Subfolders count (sentence-transformers keeps some parts there), except the `checkpoint-*` of a training
-    run.
+    Weights and tokenizer lie in the folder itself and in the numbered ones of sentence-transformers
+    (`2_Dense`); checkpoints of a training run inside it do not count at all.
 
     Raises:
         LeanError: no such folder, or no weights in it.
@@ -113,29 +112,35 @@ def bytes_on_disk(folder: str | Path) -> FolderBytes:
     root = Path(folder)
     if not root.is_dir():
         raise LeanError(f"{root} is not a folder: give the folder of a saved model.")
-    sizes = {"weights": 0, "tokenizer": 0, "other": 0}
+    own: dict[str, int] = {}
+    other = 0
     for path in root.rglob("*"):
-        inside = path.relative_to(root).parts
-        if not path.is_file() or any(part.startswith(("checkpoint-", ".")) for part in inside):
+        *folders, name = path.relative_to(root).parts
+        if not path.is_file() or any(f.startswith(("checkpoint-", ".")) for f in folders):
             continue
-        name = path.name
-        if name.endswith(_WEIGHTS) and not name.startswith(_NOT_WEIGHTS):
-            sizes["weights"] += path.stat().st_size
-        elif name.startswith(_TOKENIZER) or name.endswith((".model", ".spm")):
-            sizes["tokenizer"] += path.stat().st_size
+        if all(f[:1].isdigit() and "_" in f for f in folders) and not name.startswith(_TRAINER):
+            own["/".join((*folders, name))] = path.stat().st_size
         else:
-            sizes["other"] += path.stat().st_size
-    if not sizes["weights"]:
+            other += path.stat().st_size
+    ending = next((f for f in _FORMATS if any(name.endswith(f) for name in own)), None)
+    if ending is None:
         raise LeanError(f"{root} holds no weight file: give a folder that save_pretrained wrote.")
-    return FolderBytes(**sizes)
+    weights = tokenizer = 0
+    for path_name, size in own.items():
+        name = path_name.rpartition("/")[2]
+        if name.endswith(ending):
+            weights += size
+        elif name.startswith(_TOKENIZER) or name.endswith((".model", ".spm")):
+            tokenizer += size
+        else:
+            other += size
+    return FolderBytes(weights=weights, tokenizer=tokenizer, other=other)
 
 
 # --- FLOPs: formulas take shapes (torch wraps them), return multiply-adds times 2 ---
 
 
-def _attention(
-    query: Shape, key: Shape, value: Shape, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
+def _attention(query: Shape, key: Shape, value: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     batch, heads, length, head_dim = query  # grouped keys and values are broadcast to the query's heads
     return 2 * batch * heads * length * key[-2] * (head_dim + value[-1])
 

@@ -30,9 +30,7 @@ def decode_rates(
     for name, (model, batch) in models.items():
         prompt = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
         for count in (1, new_tokens):
-            candidates[f"{count} {name}"] = Candidate(
-                call=_writer(model, count), batches=[prompt], device=model.device
-            )
+            candidates[f"{count} {name}"] = Candidate(call=_writer(model, count), batches=[prompt], device=model.device)
     timings = time_together(candidates, seconds=seconds, min_rounds=min_rounds, warmup=1)
     rates = {}
     for name, (_, batch) in models.items():

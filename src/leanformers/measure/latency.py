@@ -3,12 +3,15 @@
 All candidates are warmed up, then run in rounds: in each round every candidate goes once over its batches.
 They alternate after every block of batches, in an order that rotates, so that drift and neighbours hit all of
 them alike. A block is as short as it can be while the fastest candidate takes `BLOCK` seconds for it: long
-enough that a small model finds its weights in the cache again, as it would when it runs alone. (A model
-against itself on two busy cores, ten times six seconds: the ratio's standard deviation was 0.008 with blocks,
-0.12 when they alternated once a round.)
+enough that a small model finds its weights in the cache again, as it would when it runs alone. A ratio is
+taken within each block of each round; its median over the rounds counts, weighted by the block's time.
 
-A ratio is taken within each round and the median over the rounds is reported. The garbage collector is off
-while the clock runs. On a GPU the clock is a pair of CUDA events, else `perf_counter`.
+A model against itself on two cores with a load of 2, ten times six seconds: the standard deviation of the
+ratio was 0.12 when they alternated once a round and 0.01 with blocks. With a load of 5 and a median of whole
+rounds it was 0.04, of blocks 0.02.
+
+The garbage collector is off while the clock runs. On a GPU the clock is a pair of CUDA events, else
+`perf_counter`.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import exp, log
 from typing import Any
 
 import torch
@@ -45,11 +49,11 @@ class Candidate:
 class Timing:
     """How long a candidate took.
 
-    latency: seconds per batch, the median over rounds of the round's mean.
+    latency: seconds per batch, the mean over blocks of their median over rounds.
     latency_p95: 95th percentile of the single calls, in seconds.
-    throughput: real (unpadded) tokens per second at the median round.
-    ratio: median over rounds of this candidate's time over the first candidate's in the same round.
-    ratio_range: quartiles of that ratio over the rounds.
+    throughput: real (unpadded) tokens per second at that latency.
+    ratio: time over that of the first candidate, from pairs of the same round and block.
+    ratio_range: quartiles over the rounds of the ratio of whole rounds.
     """
 
     latency: float
@@ -113,15 +117,16 @@ def time_together(
 ) -> dict[str, Timing]:
     """Time the candidates interleaved, for about `seconds` (warm-up aside) and at least `min_rounds` rounds.
 
-    The first candidate is the baseline of the ratios. The number of rounds is made a multiple of the number
-    of candidates where the limits allow it, so that each stands in each place equally often.
+    The first candidate is the baseline of the ratios. With up to four candidates the number of rounds is a
+    multiple of theirs, so that each stands in each place equally often.
     """
     names = list(candidates)
     clocks = {name: _clock(candidates[name]) for name in names}
     passes = warm_up(candidates, warmup)
     blocks = max(1, min(int(min(passes.values()) / BLOCK), *(len(c.batches) for c in candidates.values())))
     pieces = {name: _split(candidates[name].batches, blocks) for name in names}
-    calls: dict[str, list[list[float]]] = {name: [] for name in names}
+    taken: dict[str, list[list[list[float]]]] = {name: [] for name in names}  # [rounds][blocks][calls]
+    turns = len(names) if len(names) <= 4 else 1
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -129,26 +134,20 @@ def time_together(
         started = time.perf_counter()
         done = 0
         while done < max_rounds:
-            spent = time.perf_counter() - started
-            if (
-                done >= min_rounds
-                and spent >= seconds
-                and (done % len(names) == 0 or spent >= 1.25 * seconds)
-            ):
+            enough = done >= min_rounds and time.perf_counter() - started >= seconds
+            if enough and done % turns == 0:
                 break
             for name in names:
-                calls[name].append([])
+                taken[name].append([])
             for block in range(blocks):
                 shift = (done + block) % len(names)
                 for name in names[shift:] + names[:shift]:
-                    calls[name][-1] += [clocks[name](batch) for batch in pieces[name][block]]
+                    taken[name][-1].append([clocks[name](batch) for batch in pieces[name][block]])
             done += 1
     finally:
         if collecting:
             gc.enable()
-    totals = {name: [sum(one) for one in rounds] for name, rounds in calls.items()}
-    base = totals[names[0]]
-    return {name: _timing(candidates[name], calls[name], totals[name], base) for name in names}
+    return {name: _timing(candidates[name], taken[name], taken[names[0]]) for name in names}
 
 
 def _split(batches: Sequence[Batch], count: int) -> list[Sequence[Batch]]:
@@ -156,14 +155,24 @@ def _split(batches: Sequence[Batch], count: int) -> list[Sequence[Batch]]:
     return [batches[low:high] for low, high in pairwise(edges)]
 
 
-def _timing(candidate: Candidate, calls: list[list[float]], totals: list[float], base: list[float]) -> Timing:
-    middle = quantile(totals, 0.5)
-    ratios = [own / other for own, other in zip(totals, base, strict=True)]
+def _timing(candidate: Candidate, taken: list[list[list[float]]], base: list[list[list[float]]]) -> Timing:
+    own = [[sum(calls) for calls in one] for one in taken]  # [rounds][blocks]
+    other = [[sum(calls) for calls in one] for one in base]
+    own_blocks, other_blocks = list(zip(*own, strict=True)), list(zip(*other, strict=True))  # [blocks][rounds]
+    weights = [quantile(block, 0.5) for block in other_blocks]
+    ratios = [_ratio(*pair, q=0.5) for pair in zip(own_blocks, other_blocks, strict=True)]
+    whole = [sum(one) for one in own], [sum(one) for one in other]
+    total = sum(quantile(block, 0.5) for block in own_blocks)
     return Timing(
-        latency=middle / len(candidate.batches),
-        latency_p95=quantile([t for one in calls for t in one], 0.95),
-        throughput=candidate.tokens / middle,
-        ratio=quantile(ratios, 0.5),
-        ratio_range=(quantile(ratios, 0.25), quantile(ratios, 0.75)),
-        rounds=len(totals),
+        latency=total / len(candidate.batches),
+        latency_p95=quantile([t for one in taken for calls in one for t in calls], 0.95),
+        throughput=candidate.tokens / total,
+        ratio=sum(w * r for w, r in zip(weights, ratios, strict=True)) / sum(weights),
+        ratio_range=(_ratio(*whole, q=0.25), _ratio(*whole, q=0.75)),
+        rounds=len(taken),
     )
+
+
+def _ratio(own: Sequence[float], other: Sequence[float], q: float) -> float:
+    """Quantile of the ratios; between two neighbours the geometric mean, so that 2 and 1/2 meet at 1."""
+    return exp(quantile([log(max(a, 1e-9) / max(b, 1e-9)) for a, b in zip(own, other, strict=True)], q))

@@ -27,8 +27,8 @@ class Measurement:
     padding: share of padded positions in the batches that were counted.
     examples, tokens: rows and real tokens of those batches.
     latency: seconds per batch of `batch_size` rows, median; latency_p95: 95th percentile of single calls.
-    latency_ratio: median over rounds of the ratio to the baseline that was timed in the same rounds.
-    latency_range: quartiles of that ratio over the rounds.
+    latency_ratio: the ratio to the baseline that was timed in the same rounds, from pairs.
+    latency_range: quartiles over the rounds of that ratio.
     throughput: real tokens per second.
     decode: new tokens per second of `generate` (causal language models, on request).
     """

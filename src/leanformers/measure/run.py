@@ -173,8 +173,7 @@ def _measure(
 
         task = find_task(task)
     subjects = {
-        name: _subject(source, task, runtimes.get(name, "torch"), folders.get(name))
-        for name, source in models.items()
+        name: _subject(source, task, runtimes.get(name, "torch"), folders.get(name)) for name, source in models.items()
     }
     results = {name: _static(subjects[name]) for name in wanted}
     if task is None:
@@ -193,9 +192,7 @@ def _measure(
         }
         results[name] |= {"examples": sum(real[name].examples), "tokens": sum(real[name].tokens)}
         if quality:
-            metrics = {
-                k: float(v) for k, v in task.evaluate(subject.ready, subject.tokenizer, split, limit).items()
-            }
+            metrics = {k: float(v) for k, v in task.evaluate(subject.ready, subject.tokenizer, split, limit).items()}
             results[name] |= {"metrics": metrics, "quality": float(task.quality(metrics))}
             results[name] |= {"metric": task.metric, "better": task.better}
     if latency:
@@ -328,9 +325,7 @@ def _candidates(subjects: Mapping[str, _Subject], real: Mapping[str, RealBatches
     for name, subject in subjects.items():
         prepared = subject.ready
         placed = [prepared.place(batch) for batch in real[name].batches]
-        found[name] = Candidate(
-            call=prepared, batches=placed, tokens=sum(real[name].tokens), device=prepared.device
-        )
+        found[name] = Candidate(call=prepared, batches=placed, tokens=sum(real[name].tokens), device=prepared.device)
     return found
 
 

@@ -73,9 +73,7 @@ def get(slug: str) -> MethodInfo:
     if slug not in _registry:
         close = get_close_matches(str(slug), slugs(), n=1, cutoff=0.5)
         guess = f" (did you mean '{close[0]}'?)" if close else ""
-        raise LeanError(
-            f"there is no method '{slug}'{guess}; the methods are: {', '.join(slugs()) or 'none'}"
-        )
+        raise LeanError(f"there is no method '{slug}'{guess}; the methods are: {', '.join(slugs()) or 'none'}")
     return _registry[slug]
 
 

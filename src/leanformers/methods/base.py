@@ -15,7 +15,7 @@ edits and training; it holds no save code, no training loop and no module surger
             return {"rank": Range(0.1, 0.7)}
 
         @classmethod
-        def starts(cls) -> list[dict[str, Any]]:                  # optional: settings worth trying first
+        def starts(cls) -> list[dict[str, Any]]:                  # optional: what to try first; []: none
             return [{"rank": 0.5}]
 
         def refuses(self, anatomy, task) -> str | None: ...       # optional: why these settings do not suit

@@ -93,9 +93,7 @@ class Subject:
         if distillation is not None and self.teacher is None:
             raise LeanError("distillation needs a teacher: run it in a recipe, or give Subject(teacher=…)")
         available = len(task.splits["train"]) if limit is None else min(limit, len(task.splits["train"]))
-        self.full_examples += min(
-            round(available * epochs), batch_size * (options.get("max_steps") or 10**12)
-        )
+        self.full_examples += min(round(available * epochs), batch_size * (options.get("max_steps") or 10**12))
         if self.budget is not None:
             epochs = min(epochs, self.budget.epochs)
             limit = min(available, self.budget.examples)

@@ -36,9 +36,7 @@ def dense(layer: nn.Module) -> Dense:
     elif type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):  # transformers', without importing it
         weight = weight.T
     else:
-        raise LeanError(
-            f"{type(layer).__name__} is not a linear layer; give the path of an nn.Linear or Conv1D."
-        )
+        raise LeanError(f"{type(layer).__name__} is not a linear layer; give the path of an nn.Linear or Conv1D.")
     if not weight.is_floating_point():
         raise LeanError(
             f"The weight of this {type(layer).__name__} is {weight.dtype}; only float weights can be edited."

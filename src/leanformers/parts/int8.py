@@ -37,28 +37,36 @@ def round_tokens(hidden_states: torch.Tensor) -> torch.Tensor:
     return rounded
 
 
-def float_linear(hidden_states: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`x (scale * qdata)^T`: float `[..., in]`, int8 `[out, in]`, float32 `[out, 1]` -> `[..., out]`.
+def float_linear(
+    hidden_states: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`x (scale * qdata)^T + bias`: float `[..., in]`, int8 `[out, in]`, float32 `[out, 1]` -> `[..., out]`.
 
     The scales are multiplied in after the product, which is cheaper than dequantising the weight.
     """
     if hidden_states.dtype == torch.float16:  # sums of unscaled integers could pass 65,504
-        return F.linear(hidden_states, (qdata * scale).to(torch.float16))
-    return (F.linear(hidden_states, qdata.to(hidden_states.dtype)) * scale[:, 0]).to(hidden_states.dtype)
+        return F.linear(hidden_states, (qdata * scale).to(torch.float16), bias)
+    outputs = F.linear(hidden_states, qdata.to(hidden_states.dtype)) * scale[:, 0]
+    if bias is not None:
+        outputs = outputs + bias
+    return outputs.to(hidden_states.dtype)
 
 
-def dynamic_linear(hidden_states: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`float_linear(round_tokens(x), qdata, scale)`, by integers where this machine is good at them."""
+def dynamic_linear(
+    hidden_states: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`float_linear(round_tokens(x), …)`, by integers where this machine is good at them."""
+    trained = hidden_states.requires_grad or (bias is not None and bias.requires_grad)
     plain = (
         hidden_states.device.type != "cpu"
         or hidden_states.dtype != torch.float32
-        or (torch.is_grad_enabled() and hidden_states.requires_grad)
+        or (trained and torch.is_grad_enabled())
         or torch.compiler.is_exporting()
         or torch.jit.is_tracing()
     )
     if plain:
-        return float_linear(round_tokens(hidden_states), qdata, scale)
-    return torch.ops.leanformers.dynamic_linear(hidden_states, qdata, scale)
+        return float_linear(round_tokens(hidden_states), qdata, scale, bias)
+    return torch.ops.leanformers.dynamic_linear(hidden_states, qdata, scale, bias)
 
 
 class _Packed(NamedTuple):
@@ -93,8 +101,7 @@ def _pack(qdata: torch.Tensor, scale: torch.Tensor) -> Any:
 
 
 def _exact(qdata: torch.Tensor) -> bool:
-    vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
-    return vnni or (qdata.numel() > 0 and int(qdata.min()) >= -64 and int(qdata.max()) <= 64)
+    return qdata.numel() > 0 and int(qdata.min()) >= -64 and int(qdata.max()) <= 64
 
 
 def packed(qdata: torch.Tensor, scale: torch.Tensor) -> Any:
@@ -116,35 +123,31 @@ def packed(qdata: torch.Tensor, scale: torch.Tensor) -> Any:
 
 
 _library = torch.library.Library("leanformers", "FRAGMENT")
-_library.define("dynamic_linear(Tensor hidden_states, Tensor qdata, Tensor scale) -> Tensor")
+_library.define("dynamic_linear(Tensor hidden_states, Tensor qdata, Tensor scale, Tensor? bias) -> Tensor")
 
 
 @torch.library.impl(_library, "dynamic_linear", "CPU")
-def _dynamic_linear(hidden_states: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _dynamic_linear(
+    hidden_states: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     weight = packed(qdata, scale)
     if weight is None or hidden_states.numel() == 0:
-        return float_linear(round_tokens(hidden_states), qdata, scale)
+        return float_linear(round_tokens(hidden_states), qdata, scale, bias)
     tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
     step = token_scale(tokens)
     # The input counts in its own steps: a scale of 1 and a zero at 128 make FBGEMM's uint8 our int8.
     multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-    outputs = multiply(tokens / step, 1.0, 128, weight).mul_(step)  # [tokens, out]
+    outputs = multiply(tokens / step, 1.0, 128, weight)  # [tokens, out]
+    outputs = outputs.mul_(step) if bias is None else torch.addcmul(bias, outputs, step)
     return outputs.reshape(*hidden_states.shape[:-1], qdata.shape[0])
 
 
 @torch.library.register_fake("leanformers::dynamic_linear", lib=_library)
-def _(hidden_states: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _(hidden_states: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return hidden_states.new_empty((*hidden_states.shape[:-1], qdata.shape[0]))
 
 
 @register_flop_formula(torch.ops.leanformers.dynamic_linear)
-def _flops(
-    hidden_states: torch.Size,
-    qdata: torch.Size,
-    scale: torch.Size,
-    *,
-    out_shape: torch.Size | None = None,
-    **_: object,
-) -> int:
+def _flops(hidden_states: torch.Size, qdata: torch.Size, *rest: object, **shapes: object) -> int:
     """As of the float product, a multiply-add counted as two; `[..., in]`, `[out, in]`."""
     return 2 * hidden_states.numel() * qdata[0]

@@ -74,9 +74,7 @@ class LowRankLinear(nn.Module):
             up, down = u[:, : self.rank] * root, root[:, None] * vh[: self.rank]
         for name, factor, target in (("up", up, self.up.weight), ("down", down, self.down.weight)):
             if factor.shape != target.shape:
-                raise LeanError(
-                    f"The factor {name} is {list(factor.shape)}; this layer needs {list(target.shape)}."
-                )
+                raise LeanError(f"The factor {name} is {list(factor.shape)}; this layer needs {list(target.shape)}.")
             target.copy_(factor)
         if bias is not None:
             self.up.bias.copy_(bias)

@@ -37,16 +37,12 @@ def parse_pattern(pattern: str, in_features: int) -> tuple[int, int] | None:
         return None
     match = re.fullmatch(r"(\d+):(\d+)", pattern)
     if match is None:
-        raise LeanError(
-            f"The mask pattern {pattern!r} is unknown; write 'unstructured' or N:M such as '2:4'."
-        )
+        raise LeanError(f"The mask pattern {pattern!r} is unknown; write 'unstructured' or N:M such as '2:4'.")
     kept, group = int(match[1]), int(match[2])
     if not 1 <= kept <= group:
         raise LeanError(f"The mask pattern {pattern!r} keeps {kept} of {group}; N must lie between 1 and M.")
     if in_features % group:
-        raise LeanError(
-            f"The mask pattern {pattern!r} needs inputs in groups of {group}; the layer has {in_features}."
-        )
+        raise LeanError(f"The mask pattern {pattern!r} needs inputs in groups of {group}; the layer has {in_features}.")
     return kept, group
 
 
@@ -77,9 +73,7 @@ class MaskedLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.pattern = pattern
         count = -(-out_features * in_features // 8)
-        self.register_buffer(
-            "mask_bits", torch.full((count,), 255, dtype=torch.uint8, device=self.weight.device)
-        )
+        self.register_buffer("mask_bits", torch.full((count,), 255, dtype=torch.uint8, device=self.weight.device))
 
     @classmethod
     def like(cls, old: nn.Module, pattern: str = "unstructured") -> "MaskedLinear":
@@ -117,8 +111,7 @@ class MaskedLinear(nn.Linear):
         """
         if mask.dtype != torch.bool or mask.shape != self.weight.shape:
             raise LeanError(
-                f"The mask is {mask.dtype} {list(mask.shape)}; "
-                f"this layer needs torch.bool {list(self.weight.shape)}."
+                f"The mask is {mask.dtype} {list(mask.shape)}; this layer needs torch.bool {list(self.weight.shape)}."
             )
         structure = parse_pattern(self.pattern, self.in_features)
         if structure is not None:

@@ -16,9 +16,7 @@ SCHEMES = ("int8_weight_only", "int8_dynamic")
 def check_scheme(scheme: str) -> str:
     """Returns a known scheme; raises LeanError for another."""
     if scheme not in SCHEMES:
-        raise LeanError(
-            f"The quantisation scheme {scheme!r} is unknown; choose one of: {', '.join(SCHEMES)}."
-        )
+        raise LeanError(f"The quantisation scheme {scheme!r} is unknown; choose one of: {', '.join(SCHEMES)}.")
     return scheme
 
 
@@ -117,8 +115,7 @@ class QuantisedLinear(Int8Rows):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         product = dynamic_linear if self.scheme == "int8_dynamic" else float_linear
-        outputs = product(hidden_states, self.qdata, self.scale)  # [..., out]
-        return outputs if self.bias is None else outputs + self.bias
+        return product(hidden_states, self.qdata, self.scale, self.bias)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"

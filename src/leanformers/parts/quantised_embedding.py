@@ -53,9 +53,7 @@ class QuantisedEmbedding(Int8Rows):
             LeanError: not an `nn.Embedding`, or one that renormalises its rows.
         """
         if not isinstance(old, nn.Embedding) or old.max_norm is not None:
-            raise LeanError(
-                f"{type(old).__name__} is not a plain nn.Embedding; leave it out of the quantised layers."
-            )
+            raise LeanError(f"{type(old).__name__} is not a plain nn.Embedding; leave it out of the quantised layers.")
         part = cls(
             old.num_embeddings,
             old.embedding_dim,
@@ -133,8 +131,7 @@ class TiedQuantisedHead(nn.Module):
         weight, bias = dense(old)
         if weight.shape != source.qdata.shape:
             raise LeanError(
-                f"The head is {list(weight.shape)} and the embedding {list(source.qdata.shape)}: "
-                "they cannot be tied."
+                f"The head is {list(weight.shape)} and the embedding {list(source.qdata.shape)}: they cannot be tied."
             )
         part = cls(source)
         part.bias = None if bias is None else empty(tuple(bias.shape), bias)
@@ -162,10 +159,7 @@ class TiedQuantisedHead(nn.Module):
         return self.source.weight
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        logits = float_linear(hidden_states, self.source.qdata, self.source.scale)  # [..., vocab_size]
-        return logits if self.bias is None else logits + self.bias
+        return float_linear(hidden_states, self.source.qdata, self.source.scale, self.bias)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -35,9 +35,7 @@ def quantization() -> Any:
         with _hushed("torchao", "torch.utils._pytree"):
             import torchao.quantization
     except ImportError as error:
-        raise LeanError(
-            "Quantising needs torchao; install it with: pip install 'leanformers[quant]'"
-        ) from error
+        raise LeanError("Quantising needs torchao; install it with: pip install 'leanformers[quant]'") from error
     return torchao.quantization
 
 

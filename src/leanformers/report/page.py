@@ -26,9 +26,7 @@ def render(data: Mapping[str, Any], folder: str | Path | None = None) -> str:
             "use the version of leanformers that wrote it"
         )
     here = Path(folder) if folder is not None else None
-    points = [
-        view.row(data, point, here) for point in data.get("points", ()) if point["status"] == "frontier"
-    ]
+    points = [view.row(data, point, here) for point in data.get("points", ()) if point["status"] == "frontier"]
     baseline = view.row(data, data["baseline"], here)
     best = next((row for row in points if row["best"]), None)
     lost = [view.row(data, point, here) for point in view.losers(data)]
@@ -51,7 +49,7 @@ def render(data: Mapping[str, Any], folder: str | Path | None = None) -> str:
             for key in TABLE
         ],
         environment=view.flat(data.get("environment", {})),
-        task=view.flat(data.get("task", {})),
+        task=[fact for fact in view.flat(data.get("task", {})) if fact[0] != "better"],
         recipes={point["name"]: _yaml(point.get("recipe")) for point in data.get("points", ())},
         took=seconds(data["seconds"]) if data.get("seconds") else "",
         static=picture(data),

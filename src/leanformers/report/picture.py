@@ -35,9 +35,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def staircase(
-    points: Sequence[tuple[float, float, Any]], signs: tuple[int, int]
-) -> list[tuple[float, float, Any]]:
+def staircase(points: Sequence[tuple[float, float, Any]], signs: tuple[int, int]) -> list[tuple[float, float, Any]]:
     """The points (x, y, …) that no other beats on both axes, best x first; signs: -1 where more is better."""
     best, kept = math.inf, []
     for point in sorted(points, key=lambda p: (signs[0] * p[0], signs[1] * p[1])):
@@ -91,11 +89,7 @@ def picture(data: Mapping[str, Any], x: str = "latency", y: str = "quality") -> 
     if stairs:
         edge_x, edge_y = (RIGHT if signs[0] > 0 else LEFT), (BOTTOM if signs[1] < 0 else TOP)
         corners = [place(point) for point in stairs]
-        path = (
-            f"M{corners[0][0]} {corners[0][1]}"
-            + "".join(f"H{px}V{py}" for px, py in corners[1:])
-            + f"H{edge_x}"
-        )
+        path = f"M{corners[0][0]} {corners[0][1]}" + "".join(f"H{px}V{py}" for px, py in corners[1:]) + f"H{edge_x}"
         parts.append(f'<path class="area" d="{path}V{edge_y}H{corners[0][0]}Z"/>')
         parts.append(f'<path class="line" d="{path}"/>')
     for point, axis, value in lines:
@@ -145,14 +139,11 @@ def _axes(data: Any, keys: Any, spans: Any, signs: Any, place: Any) -> list[str]
     for value in ticks(spans[0][0], spans[0][1], 7):
         px, _ = place((value, spans[1][0]))
         parts.append(f'<text x="{px}" y="{BOTTOM + 20}" text-anchor="middle">{_tick(keys[0], value)}</text>')
-    titles = [
-        metric_title(data.get("task", {})) if key == "quality" else QUANTITIES[key].title for key in keys
-    ]
+    titles = [metric_title(data.get("task", {})) if key == "quality" else QUANTITIES[key].title for key in keys]
     units = [f", {QUANTITIES[key].unit}" if QUANTITIES[key].unit else "" for key in keys]
     up, across = ("↓" if signs[1] > 0 else "↑"), ("←" if signs[0] > 0 else "→")
     parts.append(
-        f'<text x="12" y="24"><tspan class="title">{escape(titles[1])}</tspan>'
-        f"{escape(units[1])} {up} better</text>"
+        f'<text x="12" y="24"><tspan class="title">{escape(titles[1])}</tspan>{escape(units[1])} {up} better</text>'
     )
     parts.append(
         f'<text x="{RIGHT}" y="{HEIGHT - 14}" text-anchor="end">'
@@ -180,11 +171,7 @@ def _labels(
         (7 * side, up, out), (13 * side, 4.5, out), (0, up, "middle"), (-7 * side, up, back),
         (7 * side, down, out), (0, down, "middle"), (-7 * side, down, back), (-13 * side, 4.5, back),
     )  # fmt: skip
-    marks = [
-        (status, p, *place(p))
-        for status in ("baseline", "reference", "frontier")
-        for p in groups.get(status, ())
-    ]
+    marks = [(status, p, *place(p)) for status in ("baseline", "reference", "frontier") for p in groups.get(status, ())]
     taken = [(px - 8, py - 8, px + 8, py + 8) for _, _, px, py in marks]
     parts = []
     for status, point, px, py in marks:
@@ -192,7 +179,7 @@ def _labels(
         name = letters.get(str(point[2]["name"])) or str(point[2]["name"])
         if status == "frontier" and is_number(share):
             name += f"  {ratio(share)}"
-        wide = 7.1 * len(name) + 4
+        wide = 7.6 * len(name) + 6
         for dx, dy, anchor in places:
             left = px + dx - {"start": 0.0, "end": wide, "middle": wide / 2}[anchor]
             box = (left, py + dy - 12, left + wide, py + dy + 3)
@@ -204,8 +191,7 @@ def _labels(
                 taken.append(box)
                 warm = " warm" if status == "reference" else ""
                 parts.append(
-                    f'<text class="name{warm}" x="{px + dx}" y="{py + dy}" text-anchor="{anchor}">'
-                    f"{escape(name)}</text>"
+                    f'<text class="name{warm}" x="{px + dx}" y="{py + dy}" text-anchor="{anchor}">{escape(name)}</text>'
                 )
                 break
     return parts
@@ -220,11 +206,7 @@ def _legend(data: Mapping[str, Any]) -> list[str]:
         if letter is None:
             continue
         shares = point.get("ratios") or {}
-        told = [
-            f"{ratio(shares[key])} {key}"
-            for key in ("quality", "latency", "bytes")
-            if is_number(shares.get(key))
-        ]
+        told = [f"{ratio(shares[key])} {key}" for key in ("quality", "latency", "bytes") if is_number(shares.get(key))]
         what = view.summary(point) or str(point["name"])
         y = HEIGHT + 14 + 24 * len(lines)
         lines.append(

@@ -29,11 +29,7 @@ def _scaled(value: float, units: tuple[str, ...], unit: str = "") -> str:
 def seconds(value: float) -> str:
     """A duration: 12.3 ms, 2.10 s, 4 min 10 s, 1 h 5 min."""
     if value < 1:
-        return (
-            f"{_significant(value * 1000)} ms"
-            if value >= 1e-3 or value == 0
-            else f"{_significant(value * 1e6)} µs"
-        )
+        return f"{_significant(value * 1000)} ms" if value >= 1e-3 or value == 0 else f"{_significant(value * 1e6)} µs"
     if value < 60:
         return f"{_significant(value)} s"
     minutes, rest = divmod(round(value), 60)
@@ -67,9 +63,7 @@ QUANTITIES: Mapping[str, Quantity] = {
     quantity.key: quantity
     for quantity in (
         Quantity(key="quality", title="quality", unit="", better="higher", write=_quality),
-        Quantity(
-            key="latency", title="latency", unit="median seconds per batch", better="lower", write=seconds
-        ),
+        Quantity(key="latency", title="latency", unit="median seconds per batch", better="lower", write=seconds),
         Quantity(
             key="bytes",
             title="bytes on disk",

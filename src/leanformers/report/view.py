@@ -45,9 +45,7 @@ def step_texts(point: Point) -> list[tuple[str, str]]:
         (
             str(step.get("method", "?")),
             ", ".join(
-                f"{name.replace('_', ' ')} {_setting(value)}"
-                for name, value in step.items()
-                if name != "method"
+                f"{name.replace('_', ' ')} {_setting(value)}" for name, value in step.items() if name != "method"
             ),
         )
         for step in steps(point)
@@ -63,11 +61,7 @@ def quantities(data: Mapping[str, Any]) -> list[str]:
     """The axes for which at least two points have a number, in the order of the table."""
     everyone = [data["baseline"], *data.get("references", ()), *data.get("points", ())]
     keys = [*TABLE, *(key for key in QUANTITIES if key not in TABLE)]
-    return [
-        key
-        for key in keys
-        if sum(is_number((point.get("measurement") or {}).get(key)) for point in everyone) > 1
-    ]
+    return [key for key in keys if sum(is_number((point.get("measurement") or {}).get(key)) for point in everyone) > 1]
 
 
 def better(data: Mapping[str, Any], key: str) -> str:
@@ -98,9 +92,7 @@ def goal_limits(data: Mapping[str, Any]) -> list[dict[str, Any]]:
         amount = re.sub(r"(\.\d*?)0+(?=\D|$)", r"\1", amount).replace(".×", "×").replace(". ", " ")
         sign = "≤" if goal.upper else "≥"
         met = sum(goal.met(point.get("measurement") or {}, point.get("ratios") or {}) for point in winners)
-        found.append(
-            {"text": f"{goal.metric} {sign} {amount}", "key": goal.metric, "limit": limit, "met": met}
-        )
+        found.append({"text": f"{goal.metric} {sign} {amount}", "key": goal.metric, "limit": limit, "met": met})
     return found
 
 
@@ -139,14 +131,8 @@ def reason(data: Mapping[str, Any], point: Point) -> str:
     if point.get("status") == "dominated":
         winner = beaten_by(data, point)
         winner = letters(data).get(winner or "", winner)
-        return (
-            f"{winner} is at least as good on every measure that counts"
-            if winner
-            else "better points were found"
-        )
-    return (
-        "its estimate did not look promising enough to train it" if point.get("status") == "estimated" else ""
-    )
+        return f"{winner} is at least as good on every measure that counts" if winner else "better points were found"
+    return "its estimate did not look promising enough to train it" if point.get("status") == "estimated" else ""
 
 
 def row(data: Mapping[str, Any], point: Point, folder: Path | None = None) -> dict[str, Any]:
@@ -212,16 +198,20 @@ def plot_data(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def headline(data: Mapping[str, Any]) -> str:
-    """One sentence: how much was tried, and what came of it."""
+    """In a sentence or two: how much was tried, and what came of it."""
     points = data.get("points", ())
     winners = [point for point in points if point.get("status") == "frontier"]
     tried = f"{len(points)} recipe{'s' if len(points) != 1 else ''} tried"
     if data.get("seconds"):
         tried += f" in {seconds(data['seconds'])}"
-    if not winners:
-        return f"{tried}; none beats the model as it is."
-    verb = "is" if len(winners) == 1 else "are"
-    return f"{tried}; {len(winners)} {verb} beaten by no other on all measures at once."
+    told = f"{tried}; none beats the model as it is."
+    if winners:
+        verb = "is" if len(winners) == 1 else "are"
+        told = f"{tried}; {len(winners)} {verb} beaten by no other on all measures at once."
+    for point in data.get("references", ()):
+        if (point.get("ratios") or {}).get("quality", 0) > 1:
+            told += f" But {point['name']} does better than the model itself: is a transformer needed here?"
+    return told
 
 
 def flat(facts: Mapping[str, Any]) -> list[tuple[str, str]]:

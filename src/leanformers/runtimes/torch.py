@@ -21,9 +21,7 @@ def device_of(model: torch.nn.Module) -> torch.device:
 
 def details_of(model: Any) -> dict[str, str]:
     """What a report says of a torch model: dtype of its floating-point weights, attention implementation."""
-    dtypes = sorted(
-        {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
-    )
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()})
     details = {"dtype": "+".join(dtypes) or "none"}
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if attention:

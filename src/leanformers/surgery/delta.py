@@ -52,9 +52,7 @@ def save_delta(model: Any, folder: str | os.PathLike[str], base: str | os.PathLi
         raise LeanError(f"{target} exists already: give a new folder.")
     stock = _load_base(type(model), str(base), model.dtype)
     if stock.config.model_type != model.config.model_type:
-        raise LeanError(
-            f"{base} is a {stock.config.model_type}, the model a {model.config.model_type}: name its base."
-        )
+        raise LeanError(f"{base} is a {stock.config.model_type}, the model a {model.config.model_type}: name its base.")
     theirs = stock.state_dict()
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     changed = {
@@ -105,9 +103,7 @@ def _load_base(cls: Any, base: str, dtype: torch.dtype) -> Any:
     try:
         return cls.from_pretrained(base, dtype=dtype)
     except OSError:
-        raise LeanError(
-            f"The base model {base} is not there: put it back, or save the full form instead."
-        ) from None
+        raise LeanError(f"The base model {base} is not there: put it back, or save the full form instead.") from None
 
 
 def _equal(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:

@@ -9,6 +9,7 @@ are arguments of ``apply`` and live on in the tensors that the edit leaves behin
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -37,9 +38,7 @@ class Cost:
         return self.per_sequence + length * self.per_token + length * length * self.per_pair
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            *(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True))
-        )
+        return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +57,7 @@ class Edit:
         raise NotImplementedError
 
     def to_json(self) -> dict[str, Any]:
-        settings = {
-            name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()
-        }
+        settings = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
         return {"type": self.type, "version": self.version, **settings}
 
 
@@ -86,9 +83,7 @@ def from_json(record: Any) -> Edit:
         LeanError: unknown type, newer version, or settings that do not fit.
     """
     if not isinstance(record, dict) or "type" not in record:
-        raise LeanError(
-            f"The ledger holds {record!r}, which is no edit: the checkpoint's config.json was altered."
-        )
+        raise LeanError(f"The ledger holds {record!r}, which is no edit: the checkpoint's config.json was altered.")
     settings = dict(record)
     name, version = settings.pop("type"), settings.pop("version", 1)
     cls = _REGISTRY.get(name)
@@ -99,9 +94,7 @@ def from_json(record: Any) -> Edit:
         )
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(set(settings) - set(fields)):
-        raise LeanError(
-            f"The edit {name!r} in the ledger has unknown settings {unknown}: config.json was altered."
-        )
+        raise LeanError(f"The edit {name!r} in the ledger has unknown settings {unknown}: config.json was altered.")
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     try:
         return cls(**settings)
@@ -131,15 +124,11 @@ def kept(keep: torch.Tensor | None, size: int, total: int, what: str, *, on_skel
         raise LeanError(f"Cannot keep {size} of {total} {what}: keep between 1 and {total}.")
     if keep is None:
         if not on_skeleton and size != total:
-            raise LeanError(
-                f"Which {size} of {total} {what} to keep is not said: pass keep=, a tensor of indices."
-            )
+            raise LeanError(f"Which {size} of {total} {what} to keep is not said: pass keep=, a tensor of indices.")
         return torch.arange(size)
     keep = torch.as_tensor(keep, dtype=torch.int64).cpu()
     if keep.ndim != 1 or len(keep) != size:
-        raise LeanError(
-            f"keep has shape {list(keep.shape)}, but {size} {what} are to be kept: pass {size} indices."
-        )
+        raise LeanError(f"keep has shape {list(keep.shape)}, but {size} {what} are to be kept: pass {size} indices.")
     if len(keep) and (keep[0] < 0 or keep[-1] >= total or (keep.diff() <= 0).any()):
         raise LeanError(f"keep must hold ascending, distinct indices below {total}, the number of {what}.")
     return keep
@@ -153,6 +142,5 @@ def replace(anatomy: Anatomy, path: str, module: nn.Module) -> None:
 
 def on_meta(module: nn.Module) -> bool:
     """Whether the module is a skeleton without weights."""
-    tensor = next(iter(module.parameters()), None)
-    tensor = next(iter(module.buffers()), None) if tensor is None else tensor
+    tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
     return tensor is not None and tensor.device.type == "meta"

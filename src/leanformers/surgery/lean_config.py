@@ -75,14 +75,8 @@ def ensure_ledger(model: Any) -> LeanConfig:
         record = LeanConfig()
         model.config.quantization_config = record
     if not isinstance(record, LeanConfig):
-        method = (
-            record.get("quant_method")
-            if isinstance(record, dict)
-            else getattr(record, "quant_method", record)
-        )
-        raise LeanError(
-            f"The model is quantised with {method}: load it unquantised, since edits need its weights."
-        )
+        method = record.get("quant_method") if isinstance(record, dict) else getattr(record, "quant_method", record)
+        raise LeanError(f"The model is quantised with {method}: load it unquantised, since edits need its weights.")
     if not isinstance(getattr(model, "hf_quantizer", None), LeanQuantizer):
         model.hf_quantizer = LeanQuantizer(record)
         model.is_quantized = True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -53,9 +53,7 @@ def _check(module: nn.Module, axis: int, index: torch.Tensor, path: str) -> None
     if isinstance(module, LowRankLinear):
         _check(module.down if axis else module.up, axis, index, path)
     elif isinstance(module, QuantisedLinear):
-        raise LeanError(
-            f"{path} is quantised and cannot be cut any more: make structural edits before quantising."
-        )
+        raise LeanError(f"{path} is quantised and cannot be cut any more: make structural edits before quantising.")
     elif isinstance(module, MaskedLinear) and axis == 1 and module.pattern != "unstructured":
         group = int(module.pattern.split(":")[1])
         whole = index.view(-1, group) if len(index) % group == 0 else None
@@ -72,12 +70,13 @@ def _cut(module: nn.Module, axis: int, index: torch.Tensor) -> None:
     if isinstance(module, LowRankLinear):
         _cut(module.down if axis else module.up, axis, index)
     else:
-        mask = module.mask.index_select(axis, index.to(module.weight.device)) if isinstance(module, MaskedLinear) else None
-        module.weight = _narrow(module.weight, 1 - axis if is_conv1d(module) else axis, index)
+        part: Any = module
+        mask = module.mask if isinstance(module, MaskedLinear) else None
+        part.weight = _narrow(part.weight, 1 - axis if is_conv1d(module) else axis, index)
         if axis == 0:
-            module.bias = _narrow(module.bias, 0, index)
+            part.bias = _narrow(part.bias, 0, index)
         if mask is not None:
-            module.mask_bits = pack_bits(mask)
+            part.mask_bits = pack_bits(mask.index_select(axis, index.to(mask.device)))
     if is_conv1d(module):
         setattr(module, "nx" if axis else "nf", size)
     else:

@@ -48,10 +48,8 @@ class LeanQuantizer(HfQuantizer):
     def update_tp_plan(self, config: Any) -> Any:
         return self._before_files(config)
 
-    def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: Any = None, **kwargs: Any
-    ) -> Any:
-        from leanformers.parts.quantised import QuantisedLinear
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
+        from leanformers.parts.quantised import Int8Rows
         from leanformers.surgery.saving import check_files, wrap_saving
 
         record = self.quantization_config
@@ -64,9 +62,7 @@ class LeanQuantizer(HfQuantizer):
         replayed.files = {}
         model.config.quantization_config = replayed
         self.quantization_config = replayed
-        scales = {
-            f"{name}.scale" for name, module in model.named_modules() if isinstance(module, QuantisedLinear)
-        }
+        scales = {f"{name}.scale" for name, module in model.named_modules() if isinstance(module, Int8Rows)}
         if scales:
             keep = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
             model._keep_in_fp32_modules_strict = keep | scales

@@ -16,7 +16,7 @@ from typing import Any
 
 from leanformers.anatomy import base_of
 from leanformers.errors import LeanError
-from leanformers.surgery.lean_config import LeanConfig, ledger_of
+from leanformers.surgery.lean_config import LeanConfig
 
 GUARD = "import-leanformers-first.safetensors"
 
@@ -38,9 +38,7 @@ def _save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: 
     from leanformers.surgery.stock import stock_config
 
     if kwargs.pop("push_to_hub", False):
-        raise LeanError(
-            "Save to a folder first and upload that: a lean checkpoint is completed after its weights."
-        )
+        raise LeanError("Save to a folder first and upload that: a lean checkpoint is completed after its weights.")
     plain = type(model).save_pretrained
     config = stock_config(model)
     if config is not None:

@@ -36,6 +36,8 @@ def stock_config(model: Any) -> Any | None:
         del config.quantization_config
     try:
         _describe(Anatomy.of(model), config)
+        if hasattr(config, "validate"):
+            config.validate()  # saving does, and would refuse
         with torch.device("meta"):
             skeleton = type(model)(config)
     except Exception:  # a config that the family's validators refuse describes nothing
@@ -47,21 +49,17 @@ def _describe(anatomy: Anatomy, config: Any) -> None:
     """Write sizes that all layers of a stack share into the config."""
     for name, layers in anatomy.stacks.items():
         widths = {layer.feed_forward.intermediate_size for layer in layers}
-        heads = {
-            (a.num_attention_heads, a.num_key_value_heads) for layer in layers for a in layer.attentions()
-        }
+        heads = {(a.num_attention_heads, a.num_key_value_heads) for layer in layers for a in layer.attentions()}
         only = len(anatomy.stacks) == 1
         if len(widths) == 1:
             width = widths.pop()
-            fields = [f"{name}_ffn_dim"] + (
-                ["intermediate_size", "ffn_dim", "n_inner", "hidden_dim"] if only else []
-            )
+            fields = [f"{name}_ffn_dim"] + (["intermediate_size", "ffn_dim", "n_inner", "hidden_dim"] if only else [])
             for field in [*fields, "d_ff"]:
                 if hasattr(config, field) and _width(config, field, anatomy) != width:
                     setattr(config, field, width)
-        if len(heads) == 1 and anatomy.family.stock_heads == "fixed_head_dim":
+        if len(heads) == 1 and only:
             queries, groups = heads.pop()
-            if hasattr(config, "head_dim"):
+            if hasattr(config, "head_dim") or anatomy.family.stock_heads == "fixed_head_dim":
                 config.head_dim = layers[0].attention.head_dim
             for field, value in (("num_attention_heads", queries), ("num_key_value_heads", groups)):
                 if hasattr(config, field):
@@ -82,9 +80,14 @@ def _same(model: Any, skeleton: Any) -> bool:
         return False
     for name, module in ours_modules.items():
         other = theirs_modules[name]
-        if type(module) is not type(other) or _settings(module) != _settings(other):
+        if _kind(module) != _kind(other) or _settings(module) != _settings(other):
             return False
     return True
+
+
+def _kind(module: Any) -> tuple[str, str]:
+    """The class by name: torch makes a new one for each parametrised module (wav2vec2's convolution)."""
+    return type(module).__module__, type(module).__qualname__
 
 
 def _settings(module: Any) -> dict[str, Any]:

@@ -177,9 +177,7 @@ class Task:
         for indices in buckets(features, batch_size or self.batch_size, sort):
             yield self.collate(tokenizer, [features[i] for i in indices])
 
-    def calibration(
-        self, tokenizer: PreTrainedTokenizerBase, samples: int, batch_size: int = 8
-    ) -> Iterator[Batch]:
+    def calibration(self, tokenizer: PreTrainedTokenizerBase, samples: int, batch_size: int = 8) -> Iterator[Batch]:
         """Batches of model inputs, without labels, from the first `samples` training rows."""
         for batch in self.batches(tokenizer, "train", batch_size, samples):
             yield self.inputs(batch)
@@ -202,9 +200,7 @@ class Task:
             LeanError: the batch holds no labels.
         """
         if "labels" not in batch:
-            raise LeanError(
-                f"task {self.name}: the batch has no labels; take it from features(), not calibration()."
-            )
+            raise LeanError(f"task {self.name}: the batch has no labels; take it from features(), not calibration().")
         return self._loss(outputs, batch["labels"].to(outputs.device))
 
     @torch.no_grad()
@@ -223,7 +219,13 @@ class Task:
         return self._evaluate(predict, tokenizer, features, batch_size or self.batch_size)
 
     def quality(self, metrics: Mapping[str, float]) -> float:
-        """The metric that counts, in its own unit; `better` says which direction is good."""
+        """The metric that counts, in its own unit; `better` says which direction is good.
+
+        Raises:
+            LeanError: it was not measured (comparisons with a teacher need one).
+        """
+        if self.metric not in metrics:
+            raise LeanError(f"task {self.name}: {self.metric} was not measured; attach the teacher it compares with.")
         return metrics[self.metric]
 
     def ratio(self, quality: float, baseline: float) -> float:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from .base import Row, Task
 from .embedding import Embedding
 from .language import CausalLM, MaskedLM
 from .sources import Table, read
+from .splitting import check_seen, split_rows
 from .text import TextClassification, TextRegression
 
 KINDS = ("text-classification", "text-regression", "embedding", "causal-lm", "masked-lm")
 MAX_LENGTH = {"causal-lm": 256, "masked-lm": 128}
-FEWEST = 20  # rows, below which no split is worth measuring on
 
 
 def own(
@@ -82,13 +81,13 @@ def own(
     elif kind == "text-regression":
         for split, rows in splits.items():
             _numbers(rows, chosen[split], columns["label"])
-    splits = _split(splits, chosen["train"].name, seed, stratify=bool(labels))
+    splits = split_rows(splits, chosen["train"].name, seed, stratify=bool(labels))
+    if labels:
+        check_seen(splits, chosen, columns["label"])
     if size is not None:
         if size < 2:
             raise LeanError(f"size is {size}; give at least 2 training rows.")
         splits["train"] = splits["train"][:size]
-    if labels:
-        _seen(splits, chosen, columns["label"])
 
     settings: dict[str, Any] = {"max_length": max_length or MAX_LENGTH.get(kind, 128), "metric": metric}
     called = name or Path(str(source)).stem
@@ -110,17 +109,11 @@ def _columns(
         raise LeanError("Pairs need both: give query= and body= (--query, --body).")
     if query is not None and body is not None:
         if kind not in (None, "embedding") or label is not None:
-            raise LeanError(
-                f"Query and body columns make an embedding task, not {kind or 'one with labels'}."
-            )
+            raise LeanError(f"Query and body columns make an embedding task, not {kind or 'one with labels'}.")
         fields, kind = {"query": query, "body": body}, "embedding"
     else:
         fields = {"text": text or "text"}
-        if (
-            label is None
-            and "label" in table.columns
-            and kind in (None, "text-classification", "text-regression")
-        ):
+        if label is None and "label" in table.columns and kind in (None, "text-classification", "text-regression"):
             label = "label"
         if label is not None:
             if kind not in (None, "text-classification", "text-regression"):
@@ -158,10 +151,13 @@ def _rows(table: Table, columns: dict[str, str], drop_empty: bool) -> list[Row]:
                     f"{table.name}, row {number}: column {column!r} holds a {type(value).__name__}, not "
                     "text; choose another column for it."
                 )
+            if field == "label" and isinstance(value, list | dict):
+                raise LeanError(
+                    f"{table.name}, row {number}: column {column!r} holds a {type(value).__name__}; a label "
+                    "is one word or number."
+                )
             values[field] = value.strip() if isinstance(value, str) else value
-        missing = [
-            columns[f] for f, v in values.items() if v is None or v == "" or v != v
-        ]  # v != v: not a number
+        missing = [columns[f] for f, v in values.items() if v is None or v == "" or v != v]  # v != v: not a number
         if missing:
             empty.append((number, missing[0]))
         else:
@@ -204,9 +200,7 @@ def _labels(splits: dict[str, list[Row]], tables: dict[str, Table], column: str)
     counts = Counter(row["label"] for row in splits["train"])
     name = tables["train"].name
     if len(counts) == 1:
-        raise LeanError(
-            f"{name}: column {column!r} has one class only ({next(iter(counts))!r}); give at least two."
-        )
+        raise LeanError(f"{name}: column {column!r} has one class only ({next(iter(counts))!r}); give at least two.")
     if len(counts) > 20 and len(counts) > len(splits["train"]) / 2:
         raise LeanError(
             f"{name}: column {column!r} has {len(counts)} different values in {len(splits['train'])} "
@@ -229,49 +223,3 @@ def _numbers(rows: list[Row], table: Table, column: str) -> None:
                 "text-regression task needs numbers."
             )
         row["label"] = value
-
-
-def _seen(splits: dict[str, list[Row]], tables: dict[str, Table], column: str) -> None:
-    known = {row["label"] for row in splits["train"]}
-    for split in ("validation", "test"):
-        for row in splits[split]:
-            if row["label"] not in known:
-                name = tables[split].name if split in tables else tables["train"].name
-                raise LeanError(
-                    f"{name}: the label {row['label']!r} (column {column!r}, split {split}) does not "
-                    "occur in the training rows; add training rows of it or remove it."
-                )
-
-
-def _split(splits: dict[str, list[Row]], name: str, seed: int, stratify: bool) -> dict[str, list[Row]]:
-    """Shuffle all splits and draw the missing ones from the training rows; one seed, one result."""
-    rng = random.Random(seed)
-    for split in ("train", "validation", "test"):
-        rng.shuffle(splits.setdefault(split, []))
-    train = splits["train"]
-    missing = [split for split in ("test", "validation") if not splits[split]]
-    if missing and len(train) < FEWEST:
-        raise LeanError(
-            f"{name} has {len(train)} rows; at least {FEWEST} are needed to split off "
-            f"{' and '.join(missing)}: add rows or give files of their own."
-        )
-    groups: dict[Any, list[Row]] = defaultdict(list)
-    for row in train:
-        groups[row["label"] if stratify else None].append(row)
-    share = min(0.1, 2_000 / len(train))
-    sizes = {key: round(share * len(group)) for key, group in groups.items()}
-    for split in missing:
-        for key, group in groups.items():
-            # Every class keeps a training row; a class too rare to share stays in training whole.
-            count = min(sizes[key], len(group) - 1)
-            splits[split] += group[:count]
-            del group[:count]
-        if not splits[split]:
-            raise LeanError(
-                f"{name} has too few rows of each class to split off {split}; give a file of its own."
-            )
-        rng.shuffle(splits[split])
-    if missing:
-        splits["train"] = [row for group in groups.values() for row in group]
-        rng.shuffle(splits["train"])
-    return splits

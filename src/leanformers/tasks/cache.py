@@ -23,8 +23,7 @@ def cache_dir() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LeanError(
-            f"The cache folder {folder} cannot be made ({error.strerror}); set LEANFORMERS_CACHE to "
-            "another folder."
+            f"The cache folder {folder} cannot be made ({error.strerror}); set LEANFORMERS_CACHE to another folder."
         ) from error
     return folder
 

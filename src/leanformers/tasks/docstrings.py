@@ -181,17 +181,13 @@ def _read(convert: Callable[[Row], Row | None]) -> tuple[list[Row], dict[str, st
                 continue
             # Each field on its own: two pairs that share a summary have two right answers, and only one
             # counts.
-            keys = [
-                f"{field}:{row[field].lower()[:300]}" for field in ("query", "body", "text") if field in row
-            ]
+            keys = [f"{field}:{row[field].lower()[:300]}" for field in ("query", "body", "text") if field in row]
             if not seen.isdisjoint(keys):
                 continue
             seen.update(keys)
             rows.append({**row, "file": f"{package}/{record['file']}"})
     if not found:
-        raise LeanError(
-            f"The docstring tasks read installed packages, and none of {', '.join(PACKAGES)} is there."
-        )
+        raise LeanError(f"The docstring tasks read installed packages, and none of {', '.join(PACKAGES)} is there.")
     return rows, found
 
 
@@ -240,9 +236,7 @@ def _extract(package: str, folder: Path) -> Iterator[Row]:
 
 def _texts(tree: ast.AST) -> Iterator[str]:
     """Docstrings of public classes and functions, of 80 characters and more, in the order of the source."""
-    nodes = [
-        n for n in ast.walk(tree) if isinstance(n, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
     for node in sorted(nodes, key=lambda n: n.lineno):
         text = None if node.name.startswith("_") else ast.get_docstring(node)
         if text is not None and len(text) >= 80:

@@ -8,7 +8,6 @@ negatives ranking).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,11 +19,11 @@ from torch import Tensor
 from ..errors import LeanError
 from .base import Batch, Feature, Predict, Row, Task
 from .metrics import ndcg, neighbours
+from .pooling import pool, write_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-POOLING = ("mean", "cls", "lasttoken")
 SCALE = 20.0  # of the cosines in the contrastive loss; sentence-transformers' default
 
 
@@ -58,13 +57,10 @@ class Embedding(Task):
         self.pairs = any("query" in row for rows in splits.values() for row in rows[:1])
         if not self.pairs and metric is not None and "ndcg" in metric:
             raise LeanError(f"task {name}: {metric} needs pairs; give a query and a body column.")
-        super().__init__(
-            name, splits, metric=metric or ("ndcg@10" if self.pairs else "neighbours@10"), **kwargs
-        )
+        super().__init__(name, splits, metric=metric or ("ndcg@10" if self.pairs else "neighbours@10"), **kwargs)
         if objective not in ("teacher", "pairs") or (objective == "pairs" and not self.pairs):
             raise LeanError(
-                f"task {name}: objective is {objective!r}; choose 'teacher', or 'pairs' where there are "
-                "pairs."
+                f"task {name}: objective is {objective!r}; choose 'teacher', or 'pairs' where there are pairs."
             )
         self.objective = objective
         self.query_prefix, self.body_prefix = query_prefix, body_prefix
@@ -97,13 +93,12 @@ class Embedding(Task):
     ) -> Tensor:
         """Vectors of all texts of a split, in the order of its features: [texts, dim], float32 on the CPU."""
         with torch.no_grad():
-            return self._predictions(
-                predict, tokenizer, self._texts(tokenizer, split, limit), self.batch_size
-            )
+            return self._predictions(predict, tokenizer, self._texts(tokenizer, split, limit), self.batch_size)
 
-    def ndcg(self, query_vectors: Tensor, body_vectors: Tensor) -> float:
-        """nDCG@10 of queries among bodies: body i belongs to query i; both [rows, dim]."""
-        return ndcg(query_vectors, body_vectors)
+    def ndcg(self, query_vectors: Tensor, body_vectors: Tensor, split: str = "test", limit: int | None = None) -> float:
+        """nDCG@10 of the queries of a split among its bodies, both [rows, dim]; equal bodies count as one."""
+        places, relevant = distinct([row["body"] for row in self.rows(split, limit)])
+        return ndcg(query_vectors, body_vectors[places], torch.tensor(relevant))
 
     def _reference(self, split: str, limit: int | None) -> Tensor | None:
         if self._teacher is None:
@@ -141,9 +136,7 @@ class Embedding(Task):
 
     # ------------------------------------------------------------------ model
     def _outputs(self, model: PreTrainedModel, inputs: Batch) -> Tensor:
-        states = getattr(model, "base_model", model)(
-            **inputs
-        ).last_hidden_state  # [batch, length, hidden_size]
+        states = getattr(model, "base_model", model)(**inputs).last_hidden_state  # [batch, length, hidden_size]
         mode = getattr(getattr(model, "config", None), "sentence_pooling", "mean")
         return F.normalize(pool(states, inputs["attention_mask"], mode).float(), dim=-1)
 
@@ -194,14 +187,14 @@ class Embedding(Task):
             vectors = self._predictions(predict, tokenizer, features, batch_size or self.batch_size)
         found: dict[str, float] = {}
         if self.pairs:
-            found["ndcg@10"] = ndcg(vectors[::2], vectors[1::2])
+            found["ndcg@10"] = self.ndcg(vectors[::2], vectors[1::2], split, limit)
             if index is None and reference is not None:
                 index = reference[1::2]
             if index is not None:
                 if index.shape[1] != vectors.shape[1]:
                     found["old_index_ndcg@10"] = 0.0  # vectors of another width cannot be looked up in it
                 else:
-                    found["old_index_ndcg@10"] = ndcg(vectors[::2], index.float().cpu())
+                    found["old_index_ndcg@10"] = self.ndcg(vectors[::2], index.float().cpu(), split, limit)
         if reference is not None:
             found["neighbours@10"] = neighbours(vectors, reference)
             if reference.shape == vectors.shape:
@@ -218,64 +211,21 @@ class Embedding(Task):
         super().save_extras(directory, tokenizer)
         folder = Path(directory)
         if not (folder / "config.json").is_file():
-            raise LeanError(
-                f"{directory} holds no model yet; call model.save_pretrained there before save_extras."
-            )
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        mode = config.get("sentence_pooling", "mean")
-        modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-        listed = [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for i, (path, kind) in enumerate(modules)
-        ]
-        flags = {"cls": "cls_token", "mean": "mean_tokens", "lasttoken": "lasttoken"}
-        pooling: dict[str, Any] = {"word_embedding_dimension": config.get("hidden_size")}
-        pooling |= {f"pooling_mode_{flag}": mode == name for name, flag in flags.items()}
-        _write(folder / "modules.json", listed)
-        _write(folder / "1_Pooling" / "config.json", pooling)
-        _write(
-            folder / "sentence_bert_config.json", {"max_seq_length": self.max_length, "do_lower_case": False}
-        )
-        prompts = {"query": self.query_prefix, "document": self.body_prefix}
-        named = {name: prompt for name, prompt in prompts.items() if prompt}
-        _write(
-            folder / "config_sentence_transformers.json", {"prompts": named, "similarity_fn_name": "cosine"}
-        )
+            raise LeanError(f"{directory} holds no model yet; call model.save_pretrained there before save_extras.")
+        write_modules(folder, self.max_length, self.query_prefix, self.body_prefix)
 
 
-def pool(states: Tensor, attention_mask: Tensor, mode: str = "mean") -> Tensor:
-    """Token states [batch, length, hidden_size] to vectors [batch, hidden_size]; padding has no part in it."""
-    mask = attention_mask[:, :, None].to(states.dtype)
-    if mode == "cls":
-        return states[:, 0]
-    if mode == "lasttoken":
-        last = attention_mask.sum(1) - 1  # padding is on the right
-        return states[torch.arange(len(states), device=states.device), last]
-    return (states * mask).sum(1) / mask.sum(1).clamp(min=1)
-
-
-def pooling_of(folder: Path) -> str:
-    """The pooling that a sentence-transformers folder states, in its old or its new form."""
-    path = folder / "1_Pooling" / "config.json"
-    if not path.is_file():
-        return "mean"
-    stated = json.loads(path.read_text())
-    if isinstance(stated.get("pooling_mode"), str):
-        return stated["pooling_mode"]
-    modes = [
-        key.removeprefix("pooling_mode_")
-        for key, on in stated.items()
-        if key.startswith("pooling_mode_") and on
-    ]
-    names = [{"cls_token": "cls", "mean_tokens": "mean"}.get(mode, mode) for mode in modes]
-    return "+".join(names) or "mean"
+def distinct(bodies: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Where each different body stands first, and for every row which of those is its own."""
+    number: dict[str, int] = {}
+    places: list[int] = []
+    for i, body in enumerate(bodies):
+        if body not in number:
+            number[body] = len(places)
+            places.append(i)
+    return places, [number[body] for body in bodies]
 
 
 def _unpair(feature: Feature) -> tuple[Feature, Feature]:
     body = {k.removeprefix("body_"): v for k, v in feature.items() if k.startswith("body_")}
     return {k: v for k, v in feature.items() if not k.startswith("body_")}, body
-
-
-def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")

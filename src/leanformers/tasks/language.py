@@ -67,9 +67,7 @@ class CausalLM(Task):
         return model(**inputs, use_cache=False).logits  # [batch, length, vocab]
 
     def _loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(
-            outputs[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED
-        )
+        return F.cross_entropy(outputs[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
     def _evaluate(
         self, predict: Predict, tokenizer: PreTrainedTokenizerBase, features: list[Feature], batch_size: int
@@ -111,9 +109,7 @@ class MaskedLM(Task):
     ):
         super().__init__(name, splits, **kwargs)
         if not 0 < probability < 1:
-            raise LeanError(
-                f"task {name}: probability is {probability}; give the share of masked tokens, in (0, 1)."
-            )
+            raise LeanError(f"task {name}: probability is {probability}; give the share of masked tokens, in (0, 1).")
         self.probability, self.seed = probability, seed
 
     def settings(self) -> dict[str, Any]:
@@ -124,9 +120,7 @@ class MaskedLM(Task):
             return []
         mask = tokenizer.mask_token_id
         if mask is None:
-            raise LeanError(
-                f"task {self.name}: the tokenizer has no mask token, so masked-lm does not suit it."
-            )
+            raise LeanError(f"task {self.name}: the tokenizer has no mask token, so masked-lm does not suit it.")
         room = self.max_length - tokenizer.num_special_tokens_to_add()
         encoded = tokenizer(
             [row["text"] for row in rows],

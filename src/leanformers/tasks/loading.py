@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LeanError
+from .architecture import AUTO, check_architecture
 from .cache import quiet
 from .checkpoints import MODELS, checkpoint
 
@@ -18,14 +18,6 @@ if TYPE_CHECKING:
     from .base import Task
 
 logger = logging.getLogger(__name__)
-
-AUTO = {  # task kind -> Auto class
-    "text-classification": "AutoModelForSequenceClassification",
-    "text-regression": "AutoModelForSequenceClassification",
-    "embedding": "AutoModel",
-    "causal-lm": "AutoModelForCausalLM",
-    "masked-lm": "AutoModelForMaskedLM",
-}
 
 
 def load(
@@ -53,9 +45,7 @@ def load(
     if hasattr(source, "config") and hasattr(source, "forward"):
         path = getattr(source.config, "_name_or_path", "") or getattr(source, "name_or_path", "")
         if not path:
-            raise LeanError(
-                "The model does not say where its tokenizer is; pass the pair (model, tokenizer)."
-            )
+            raise LeanError("The model does not say where its tokenizer is; pass the pair (model, tokenizer).")
         return _checked(source, task), _with_padding(_tokenizer(path, trust_remote_code), source)
 
     import torch
@@ -77,71 +67,15 @@ def load(
     if permutation is not None:
         _permute_head(model, permutation)
     if task is not None and task.kind == "embedding":
-        _note_pooling(model, Path(path))
+        from .pooling import note_pooling
+
+        note_pooling(model, Path(path))
     return _checked(model, task), _with_padding(tokenizer, model)
 
 
 def has_new_head(model: PreTrainedModel) -> bool:
     """Whether `load` started the task's head from random numbers: the model needs fine-tuning first."""
     return bool(getattr(model, "_leanformers_new_head", False))
-
-
-def check_architecture(config: PretrainedConfig, task: Task, name: str) -> None:
-    """Refuse an architecture that the task cannot use.
-
-    Raises:
-        LeanError: says which architecture would do.
-    """
-    from transformers.models.auto import modeling_auto as auto
-
-    kind, family = task.kind, config.model_type
-    causal = family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    masked = family in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    remote = bool(getattr(config, "auto_map", None))
-    if kind in ("causal-lm", "masked-lm") and getattr(config, "is_encoder_decoder", False):
-        raise LeanError(
-            f"{name} ({family}) is an encoder-decoder, and task {task.name} is {kind}: choose a decoder."
-        )
-    if kind == "causal-lm" and (masked or not causal) and not remote:
-        raise LeanError(
-            f"{name} ({family}) is an encoder, which cannot do the language-modelling task {task.name} "
-            "(causal-lm): choose a decoder such as smollm2, or a masked-lm task."
-        )
-    if kind == "masked-lm" and not masked and not remote:
-        raise LeanError(
-            f"{name} ({family}) is no masked language model, which task {task.name} (masked-lm) needs: "
-            "choose an encoder such as BERT, or a causal-lm task."
-        )
-    if (
-        kind.startswith("text-")
-        and family not in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-        and not remote
-    ):
-        raise LeanError(
-            f"{name} ({family}) has no classification head in transformers, which task {task.name} needs."
-        )
-    longest = _positions(config)
-    if longest is not None and task.max_length > longest:
-        raise LeanError(
-            f"Task {task.name} has max_length {task.max_length}, and {name} ({family}) reads at most "
-            f"{longest} tokens: pass max_length={longest}."
-        )
-
-
-def _positions(config: PretrainedConfig) -> int | None:
-    positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions <= 0:
-        return None
-    offset = config.model_type in (
-        "roberta",
-        "xlm-roberta",
-        "camembert",
-        "mpnet",
-        "xmod",
-        "longformer",
-        "ibert",
-    )
-    return positions - 2 if offset else positions  # these number positions from padding_idx + 1
 
 
 def _resolve(source: Any) -> str:
@@ -156,9 +90,7 @@ def _resolve(source: Any) -> str:
             return str(path)
         if (path / "0_Transformer" / "config.json").is_file():  # sentence-transformers before 2.0
             return str(path / "0_Transformer")
-        raise LeanError(
-            f"{name} is no model: the directory has no config.json; give the folder that was saved."
-        )
+        raise LeanError(f"{name} is no model: the directory has no config.json; give the folder that was saved.")
     if path.exists():
         raise LeanError(f"{name} is a file; give the folder that holds config.json and the weights.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
@@ -247,9 +179,7 @@ def _permute_head(model: PreTrainedModel, permutation: list[int]) -> None:
     """Bring the rows of a trained classification head into the task's order of labels."""
     import torch
 
-    last = [
-        m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == len(permutation)
-    ][-1]
+    last = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == len(permutation)][-1]
     with torch.no_grad():
         last.weight.copy_(last.weight[permutation])
         if last.bias is not None:
@@ -277,25 +207,6 @@ def _check_weights(model: PreTrainedModel, info: dict[str, Any], task: Task | No
         logger.info("%s: the head starts untrained (%s)", name, ", ".join(head))
 
 
-def _note_pooling(model: PreTrainedModel, folder: Path) -> None:
-    """Take over how a sentence-transformers folder pools; the mean is what is done otherwise."""
-    from .embedding import POOLING, pooling_of
-
-    if not (folder / "modules.json").is_file():
-        return
-    for module in json.loads((folder / "modules.json").read_text()):
-        part = str(module.get("type", "")).rsplit(".", 1)[-1]
-        if part not in ("Transformer", "Pooling", "Normalize"):
-            raise LeanError(
-                f"{folder} ends in a {part} module after its pooling, which leanformers does not keep."
-            )
-    mode = pooling_of(folder)
-    if mode not in POOLING:
-        raise LeanError(f"{folder} pools by {mode!r}; leanformers knows {', '.join(POOLING)}.")
-    if mode != "mean":
-        model.config.sentence_pooling = mode
-
-
 def _checked(model: PreTrainedModel, task: Task | None) -> PreTrainedModel:
     if task is not None:
         check_architecture(model.config, task, model.config._name_or_path or type(model).__name__)
@@ -312,9 +223,7 @@ def _with_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) ->
     """Decoders often have no padding token: the end-of-text token serves, since the mask covers it."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
-            raise LeanError(
-                "The tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token."
-            )
+            raise LeanError("The tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token.")
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id

@@ -28,9 +28,7 @@ def task(source: str | Path | Task, **options: Any) -> Task:
     """
     if isinstance(source, Task):
         if options:
-            raise LeanError(
-                f"The task {source.name} is made already; give {', '.join(options)} when making it."
-            )
+            raise LeanError(f"The task {source.name} is made already; give {', '.join(options)} when making it.")
         return source
     if not isinstance(source, str | Path):
         raise LeanError(f"A task is a name, a path or a Task, not a {type(source).__name__}.")
@@ -41,20 +39,14 @@ def task(source: str | Path | Task, **options: Any) -> Task:
         if "/" not in name and not looks_like_path(name):
             close = difflib.get_close_matches(name, PACKAGED, 1)
             if close:
-                raise LeanError(
-                    f"There is no task {name!r}; did you mean {close[0]!r}? ({', '.join(PACKAGED)})"
-                )
+                raise LeanError(f"There is no task {name!r}; did you mean {close[0]!r}? ({', '.join(PACKAGED)})")
         made = _call(lambda **o: own(source, **o), name, options, own)
     made.source, made.options = name, {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
     return made
 
 
 def _call(function: Callable[..., Task], name: str, options: dict[str, Any], signature: Any = None) -> Task:
-    known = [
-        p.name
-        for p in inspect.signature(signature or function).parameters.values()
-        if p.kind is p.KEYWORD_ONLY
-    ]
+    known = [p.name for p in inspect.signature(signature or function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for option in options:
         if option not in known:
             raise LeanError(f"Task {name} has no option {option!r}; it has {', '.join(known)}.")

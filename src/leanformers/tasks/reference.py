@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import LeanError
 from .base import Task
-from .embedding import Embedding
+from .embedding import Embedding, distinct
 from .text import TextClassification, TextRegression
 
 _BODIES = 1000  # queries compared at once
@@ -26,8 +26,8 @@ _BODIES = 1000  # queries compared at once
 class Reference:
     """A reference point.
 
-    quality: the task's metric. latency: median seconds for one text by itself. bytes: of what has to be stored
-    (vocabulary, weights), pickled. seconds: to fit.
+    quality: the task's metric. latency: median seconds for one text by itself. bytes: of what has to be
+    stored (vocabulary, weights), pickled. seconds: to fit.
     """
 
     name: str
@@ -64,9 +64,7 @@ def _vectoriser() -> Any:
     return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, dtype=np.float32)
 
 
-def _supervised(
-    task: TextClassification | TextRegression, split: str, limit: int | None, seed: int
-) -> Reference:
+def _supervised(task: TextClassification | TextRegression, split: str, limit: int | None, seed: int) -> Reference:
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.metrics import accuracy_score, f1_score, mean_squared_error
     from sklearn.pipeline import make_pipeline
@@ -75,9 +73,7 @@ def _supervised(
 
     train, test = task.rows("train"), task.rows(split, limit)
     classify = isinstance(task, TextClassification)
-    head = (
-        LogisticRegression(C=10.0, max_iter=1000, random_state=seed) if classify else Ridge(random_state=seed)
-    )
+    head = LogisticRegression(C=10.0, max_iter=1000, random_state=seed) if classify else Ridge(random_state=seed)
     model = make_pipeline(_vectoriser(), head)
     start = time.perf_counter()
     model.fit([row["text"] for row in train], [row["label"] for row in train])
@@ -111,14 +107,15 @@ def _search(task: Embedding, split: str, limit: int | None) -> Reference:
     rows = task.rows(split, limit)
     vectoriser = _vectoriser()
     start = time.perf_counter()
-    bodies = vectoriser.fit_transform([row["body"] for row in rows])  # [bodies, terms], sparse
+    places, relevant = distinct([row["body"] for row in rows])
+    bodies = vectoriser.fit_transform([rows[i]["body"] for i in places])  # [bodies, terms], sparse
     seconds = time.perf_counter() - start
     queries = [row["query"] for row in rows]
     encoded = vectoriser.transform(queries)
     total = 0.0
     for first in range(0, len(rows), _BODIES):
         scores = (encoded[first : first + _BODIES] @ bodies.T).toarray()  # [chunk, bodies]
-        own = scores[np.arange(len(scores)), np.arange(len(scores)) + first]
+        own = scores[np.arange(len(scores)), relevant[first : first + _BODIES]]
         rank = (scores >= own[:, None]).sum(1)
         total += (1 / np.log2(1 + rank[rank <= 10])).sum()
     metrics = {"ndcg@10": float(total / len(rows))}

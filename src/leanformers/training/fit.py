@@ -73,7 +73,7 @@ def fit(
     weight_decay: float = 0.01,
     warmup: float = 0.06,
     clip: float = 1.0,
-    dropout: float | None = None,
+    dropout: float | None = 0.0,
     freeze: Sequence[str] = (),
     bf16: bool = False,
     seed: int = 0,
@@ -92,7 +92,7 @@ def fit(
         epochs: passes over the data, fractions allowed. max_steps: at most this many optimiser steps.
         batch_size: examples per forward pass (and process); accumulation: forward passes per optimiser step.
         weight_decay: not of biases and norms. warmup: share of the steps. clip: largest gradient norm.
-        dropout: probability to train with instead of the model's own; None leaves those.
+        dropout: probability to train with; None for the model's own, for long trainings and from scratch.
         freeze: what is not trained: "embeddings" (the token table; tied heads with it) or paths of modules.
         bf16: compute in bfloat16, on CUDA only. Half-precision weights are trained in float32 and cast back.
         limit: the first so many rows of the split.

@@ -31,9 +31,7 @@ def opened(output_dir: str | os.PathLike[str] | None, stack: contextlib.ExitStac
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise LeanError(
-            f"The training folder {folder} cannot be made ({error}); name another output_dir."
-        ) from error
+        raise LeanError(f"The training folder {folder} cannot be made ({error}); name another output_dir.") from error
     return folder
 
 
@@ -46,17 +44,13 @@ def identify(folder: Path, settings: dict[str, Any]) -> None:
     settings = json.loads(json.dumps(settings))
     path = folder / "training.json"
     before = None
-    with contextlib.suppress(
-        FileNotFoundError, ValueError
-    ):  # a kill while it was written: nothing was trained
+    with contextlib.suppress(FileNotFoundError, ValueError):  # a kill while it was written: nothing was trained
         before = json.loads(path.read_text())
     if before is None:
         try:
             path.write_text(json.dumps(settings, indent=1) + "\n")
         except OSError as error:
-            raise LeanError(
-                f"{path} cannot be written ({error}); free some space or name another folder."
-            ) from error
+            raise LeanError(f"{path} cannot be written ({error}); free some space or name another folder.") from error
         return
     differing = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
     if differing:
@@ -89,13 +83,9 @@ def restore(objective: Objective, checkpoint: Path) -> None:
     try:
         tensors = load_file(checkpoint / LEARNED)
     except (OSError, SafetensorError) as error:
-        raise LeanError(
-            f"The training checkpoint {checkpoint} cannot be read ({error}); delete its folder."
-        ) from error
+        raise LeanError(f"The training checkpoint {checkpoint} cannot be read ({error}); delete its folder.") from error
     if not objective.restore(tensors):
-        raise LeanError(
-            f"The training checkpoint {checkpoint} is of another model; delete it or name another folder."
-        )
+        raise LeanError(f"The training checkpoint {checkpoint} is of another model; delete it or name another folder.")
 
 
 def finish(folder: Path) -> None:

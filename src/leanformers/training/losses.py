@@ -1,7 +1,7 @@
 """Distillation losses, as plain functions on tensors (card `distillation`).
 
 Hinton, Vinyals, Dean 2015 (logits); Jiao et al. 2020, TinyBERT (attention scores, hidden states); Wang et al.
-2020, MiniLM, and 2021, MiniLMv2 (relations).
+2021, MiniLMv2 (relations).
 
 Every loss is a sum over the positions that count, divided by `count`. `count` defaults to the number in this
 call; under gradient accumulation the caller passes the number in the whole accumulated batch, so that
@@ -128,9 +128,7 @@ def top_k_logits(
         rest: logsumexp of the teacher's other logits [...].
     """
     if temperature != 1.0:
-        raise LeanError(
-            "Stored top-k logits serve temperature 1 only; set temperature=1.0 or keep the teacher live."
-        )
+        raise LeanError("Stored top-k logits serve temperature 1 only; set temperature=1.0 or keep the teacher live.")
     if mask is not None:
         student, values, indices, rest = student[mask], values[mask], indices[mask], rest[mask]
     classes = student.shape[-1]
@@ -148,9 +146,7 @@ def top_k_logits(
     return _in_chunks(total, student, teacher, chunk, indices) / _count(count, student.shape[0])
 
 
-def regression(
-    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, count: Count | None = None
-) -> Tensor:
+def regression(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, count: Count | None = None) -> Tensor:
     """Squared error of outputs [..., outputs], averaged over the outputs and the counted positions."""
     _same_shape(student, teacher, "outputs")
     student, teacher = _flatten(student, teacher, mask)
@@ -179,9 +175,7 @@ def embedding_cosine(student: Tensor, teacher: Tensor, *, count: Count | None = 
     return (1 - cosine).sum() / _count(count, cosine.numel())
 
 
-def similarity(
-    student: Tensor, teacher: Tensor, *, temperature: float = 0.05, count: Count | None = None
-) -> Tensor:
+def similarity(student: Tensor, teacher: Tensor, *, temperature: float = 0.05, count: Count | None = None) -> Tensor:
     """KL between the in-batch cosine similarities of teacher and student, row by row.
 
     A sentence's similarity with itself is left out: it is 1 on both sides and would take most of the softmax.
@@ -189,9 +183,7 @@ def similarity(
     others. The temperature is a scale of similarities as in contrastive learning; there is no factor T^2.
     """
     if student.shape[0] != teacher.shape[0]:
-        raise LeanError(
-            f"{student.shape[0]} embeddings of the student against {teacher.shape[0]} of the teacher."
-        )
+        raise LeanError(f"{student.shape[0]} embeddings of the student against {teacher.shape[0]} of the teacher.")
     rows = student.shape[0]
     if rows < 2:
         return student.sum() * 0.0
@@ -229,23 +221,8 @@ def attention_scores(
     pairs = real_pairs(mask, causal)
     # Masked scores may be -inf or the dtype's minimum: leave them out before squaring.
     outside = ~pairs[:, None]
-    difference = student.masked_fill(outside, 0).float() - teacher.detach().masked_fill(outside, 0).float()
+    difference = _precise(student.masked_fill(outside, 0)) - _precise(teacher.detach().masked_fill(outside, 0))
     return difference.square().mean(1).sum() / _count(count, pairs.sum())
-
-
-def attention_kl(
-    student: Tensor, teacher: Tensor, *, mask: Tensor, causal: bool = False, count: Count | None = None
-) -> Tensor:
-    """MiniLM: KL(teacher || student) of softmaxed attention, from scores [batch, heads, length, length].
-
-    Summed over keys, averaged over heads and real query positions; `count` counts query positions.
-    """
-    if student.shape[1] != teacher.shape[1]:
-        raise LeanError(
-            f"The student's attention has {student.shape[1]} heads and the teacher's {teacher.shape[1]}; use "
-            "MiniLMv2's relations, which compare any head counts."
-        )
-    return _rows_kl(student, teacher, mask, causal, count)
 
 
 def relation(
@@ -273,14 +250,10 @@ def relation(
         split = _precise(states).view(batch, length, heads, width // heads).transpose(1, 2)
         return split @ split.transpose(-1, -2) / math.sqrt(width / heads)  # [batch, heads, length, length]
 
-    return _rows_kl(scores(student), scores(teacher.detach()), mask, causal, count)
-
-
-def _rows_kl(student: Tensor, teacher: Tensor, mask: Tensor, causal: bool, count: Count | None) -> Tensor:
     outside = ~real_pairs(mask, causal)[:, None]  # [batch, 1, length, length]
     rows = _kl(
-        functional.log_softmax(_precise(student).masked_fill(outside, _NEVER), -1),
-        functional.log_softmax(_precise(teacher).detach().masked_fill(outside, _NEVER), -1),
+        functional.log_softmax(scores(student).masked_fill(outside, _NEVER), -1),
+        functional.log_softmax(scores(teacher.detach()).masked_fill(outside, _NEVER), -1),
     )  # [batch, heads, length]
     real = mask.bool()
     return rows.mean(1)[real].sum() / _count(count, real.sum())

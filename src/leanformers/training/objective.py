@@ -54,9 +54,7 @@ class Objective(nn.Module):
             # A live pass is needed for inner states; its outputs then serve for the output loss as well.
             seen, target = None, None
             if settings.inner or not self.teacher.stored:
-                target, seen = self.teacher.live(
-                    batch, token_map=self.token_map, hidden=hidden, attention=attention
-                )
+                target, seen = self.teacher.live(batch, token_map=self.token_map, hidden=hidden, attention=attention)
             elif settings.alpha:
                 length = batch["input_ids"].shape[1]
                 target = self.teacher.outputs(

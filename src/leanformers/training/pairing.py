@@ -47,9 +47,7 @@ def pair(
     if distillation.inner or not teacher.stored:
         there = next(teacher.model.parameters()).device
         if there != device:
-            raise LeanError(
-                f"The student is on {device} and its live teacher on {there}; move teacher.model there."
-            )
+            raise LeanError(f"The student is on {device} and its live teacher on {there}; move teacher.model there.")
     if distillation.inner:
         from leanformers.anatomy import Anatomy
 
@@ -64,9 +62,7 @@ def pair(
         ).to(device)
     else:
         loss = DistillationLoss(distillation, task.kind)
-    return Objective(
-        model, task, distillation=loss, teacher=teacher, token_map=token_map, split=split, limit=limit
-    )
+    return Objective(model, task, distillation=loss, teacher=teacher, token_map=token_map, split=split, limit=limit)
 
 
 def _check(model: Any, task: Any, teacher: Teacher) -> None:
@@ -74,8 +70,7 @@ def _check(model: Any, task: Any, teacher: Teacher) -> None:
         raise LeanError("The teacher is the model that is trained; give Teacher a copy.deepcopy of it.")
     if teacher.task is not task and teacher.task.fingerprint != task.fingerprint:
         raise LeanError(
-            f"The teacher is of the task {teacher.task.name}, not of {task.name}; make a "
-            "Teacher with this task."
+            f"The teacher is of the task {teacher.task.name}, not of {task.name}; make a Teacher with this task."
         )
     if task.kind == "text-classification":
         ours, theirs = _labels(model), _labels(teacher.model)

@@ -35,9 +35,7 @@ def full_precision(model: nn.Module) -> Iterator[None]:
     """Train half-precision weights in float32, where small steps are not lost; cast back at the end."""
     before = {}
     if any(p.dtype in _HALF and p.requires_grad for p in model.parameters()):
-        before = {
-            t: t.dtype for t in [*model.parameters(), *model.buffers()] if t.dtype in _HALF and _is_plain(t)
-        }
+        before = {t: t.dtype for t in [*model.parameters(), *model.buffers()] if t.dtype in _HALF and _is_plain(t)}
     for tensor in before:
         tensor.data = tensor.data.float()
     try:

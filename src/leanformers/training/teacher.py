@@ -105,9 +105,7 @@ class Teacher:
         with bar(progress, "Teacher", len(missing)) as advance:
             fresh: list[bytes] = []
             saved = time.monotonic()
-            for indices in (
-                missing[i : i + self.batch_size] for i in range(0, len(missing), self.batch_size)
-            ):
+            for indices in (missing[i : i + self.batch_size] for i in range(0, len(missing), self.batch_size)):
                 chosen = [features[index] for index in indices]
                 outputs, _ = self.live(self.task.collate(self.tokenizer, chosen))
                 for index, output in zip(indices, self._compress(outputs, chosen), strict=True):
@@ -233,9 +231,7 @@ class Teacher:
             try:
                 tensors = load_file(path)
             except (SafetensorError, OSError) as error:
-                _log.warning(
-                    "Stored teacher outputs %s cannot be read (%s); they are computed again.", path, error
-                )
+                _log.warning("Stored teacher outputs %s cannot be read (%s); they are computed again.", path, error)
                 continue
             self._read.add(path.name)
             lengths = tensors.pop("lengths", None)

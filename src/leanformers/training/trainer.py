@@ -78,16 +78,12 @@ class LeanTrainer(Trainer):
         checkpoint_seconds: float,
         advance: Callable[..., None],
     ) -> None:
-        self.sampler = BucketSampler(
-            [length_of(f) for f in features], args.per_device_train_batch_size, args.seed
-        )
+        self.sampler = BucketSampler([length_of(f) for f in features], args.per_device_train_batch_size, args.seed)
         self.collator = Collator(objective.task, tokenizer, args.seed)
         self.objective = objective
         self.causal = causal
         self.tokens, self.slots = 0.0, 0.0  # real tokens, and places in padded batches, of this call
-        super().__init__(
-            model=objective, args=args, train_dataset=Examples(features), data_collator=self.collator
-        )
+        super().__init__(model=objective, args=args, train_dataset=Examples(features), data_collator=self.collator)
         self.remove_callback(PrinterCallback)  # it prints each log line
         self.model_accepts_loss_kwargs = True
         self.add_callback(_Steps(self, callbacks, checkpoint_seconds, advance))
@@ -150,9 +146,7 @@ class LeanTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {n: t.detach().cpu().contiguous() for n, t in self.objective.learned().items()}, folder / LEARNED
-        )
+        save_file({n: t.detach().cpu().contiguous() for n, t in self.objective.learned().items()}, folder / LEARNED)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
@@ -163,8 +157,7 @@ class LeanTrainer(Trainer):
         except (OSError, SafetensorError, RuntimeError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise LeanError(
-                f"The training checkpoint {folder} cannot be written ({error}); free some space or name "
-                "another folder."
+                f"The training checkpoint {folder} cannot be written ({error}); free some space or name another folder."
             ) from error
         if self.args.should_save:
             for other in folder.parent.glob("checkpoint-*"):
@@ -186,9 +179,7 @@ class _Steps(TrainerCallback):
         self.advance = advance
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        per_epoch = math.ceil(
-            len(self.trainer.sampler) / (args.gradient_accumulation_steps * args.world_size)
-        )
+        per_epoch = math.ceil(len(self.trainer.sampler) / (args.gradient_accumulation_steps * args.world_size))
         self.trainer.sampler.epoch = state.global_step // per_epoch
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -16,9 +16,7 @@ _LLAMA_STACK = StackPaths(
     layers="layers",
     num_layers=("num_hidden_layers",),
     attention=(_LLAMA_ATTENTION,),
-    feed_forward=(
-        FeedForwardPaths(module="mlp", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj"),
-    ),
+    feed_forward=(FeedForwardPaths(module="mlp", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj"),),
     norms=(
         NormPath(path="input_layernorm", place="pre", reads="attention"),
         NormPath(path="post_attention_layernorm", place="pre", reads="feed_forward"),
@@ -71,9 +69,7 @@ DECODERS: tuple[Family, ...] = (
                         output="attention.dense",
                     ),
                 ),
-                feed_forward=(
-                    FeedForwardPaths(module="mlp", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h"),
-                ),
+                feed_forward=(FeedForwardPaths(module="mlp", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h"),),
                 norms=(
                     NormPath(path="input_layernorm", place="pre", reads="attention"),
                     NormPath(path="post_attention_layernorm", place="pre", reads="feed_forward"),
@@ -131,6 +127,7 @@ DECODERS: tuple[Family, ...] = (
         embeddings=("embed_tokens",),
         writes=("embed_tokens.weight",),
         rms_norm=True,
+        stock_heads="divides",
         outputs=_HEADS,
         scores_every_position=True,
     ),
@@ -176,6 +173,7 @@ DECODERS: tuple[Family, ...] = (
         activation="hidden_activation",
         rms_norm=True,
         norm_offset=True,
+        stock_heads="divides",
         outputs=_HEADS,
         scores_every_position=True,
     ),
@@ -185,12 +183,8 @@ DECODERS: tuple[Family, ...] = (
         stacks=(
             replace(
                 _LLAMA_STACK,
-                attention=(
-                    AttentionPaths(module="self_attn", fused="self_attn.qkv_proj", output="self_attn.o_proj"),
-                ),
-                feed_forward=(
-                    FeedForwardPaths(module="mlp", fused="mlp.gate_up_proj", down="mlp.down_proj"),
-                ),
+                attention=(AttentionPaths(module="self_attn", fused="self_attn.qkv_proj", output="self_attn.o_proj"),),
+                feed_forward=(FeedForwardPaths(module="mlp", fused="mlp.gate_up_proj", down="mlp.down_proj"),),
             ),
         ),
         embeddings=("embed_tokens",),

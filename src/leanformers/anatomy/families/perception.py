@@ -38,9 +38,7 @@ _DINOV2_STACK = replace(
     ),
     feed_forward=(
         FeedForwardPaths(module="mlp", up="mlp.fc1", down="mlp.fc2"),
-        FeedForwardPaths(
-            module="mlp", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj", activation="silu"
-        ),
+        FeedForwardPaths(module="mlp", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj", activation="silu"),
         FeedForwardPaths(  # transformers before 5.23
             module="mlp", fused="mlp.weights_in", down="mlp.weights_out", activation="silu"
         ),
@@ -64,6 +62,7 @@ PERCEPTION: tuple[Family, ...] = (
         embeddings=None,
         writes=_TOKENS,
         inputs=_PATCHES,
+        stock_heads="fixed_head_dim",
         outputs=("pooler.dense", "classifier"),
     ),
     Family(
@@ -73,15 +72,18 @@ PERCEPTION: tuple[Family, ...] = (
         embeddings=None,
         writes=_TWO_TOKENS,
         inputs=_PATCHES,
+        stock_heads="fixed_head_dim",
         outputs=("pooler.dense", "classifier", "cls_classifier", "distillation_classifier"),
     ),
     Family(
+        # The config's head_dim is heeded since transformers 5.23.
         name="dinov2",
         model_types=("dinov2",),
         stacks=(_DINOV2_STACK,),
         embeddings=None,
         writes=_TOKENS,
         inputs=_PATCHES,
+        stock_heads="fixed_head_dim",
     ),
     Family(
         name="audio-spectrogram-transformer",
@@ -90,6 +92,7 @@ PERCEPTION: tuple[Family, ...] = (
         embeddings=None,
         writes=_TWO_TOKENS,
         inputs=_PATCHES,
+        stock_heads="fixed_head_dim",
     ),
     Family(
         # A grouped convolution over the stream itself adds the positions, before the first layer.

@@ -26,9 +26,7 @@ class DropLayersMethod:
 
     keep: float = setting(0.5, low=0.01, high=1.0, help="share of the layers that stays")
     choose: Literal["spaced", "first"] = setting("spaced", help="which layers stay")
-    layers: tuple[int, ...] | None = setting(
-        None, help="the kept layers by index, instead of keep and choose"
-    )
+    layers: tuple[int, ...] | None = setting(None, help="the kept layers by index, instead of keep and choose")
     stack: str = setting("", help="encoder or decoder, where a model has both")
 
     def __call__(self, subject: Subject) -> None:

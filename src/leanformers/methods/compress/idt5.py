@@ -44,15 +44,11 @@ class KeepVocabularyMethod:
     The corpus is the task's training split, or a text file of your own; the task's own tokens stay too.
     """
 
-    coverage: float = setting(
-        0.999, low=0.01, high=1.0, help="share of the corpus's tokens that must be kept"
-    )
+    coverage: float = setting(0.999, low=0.01, high=1.0, help="share of the corpus's tokens that must be kept")
     size: int | None = setting(None, low=1, help="number of tokens kept, instead of coverage")
     multiple: int = setting(64, low=1, help="the number kept is rounded up to a multiple of this")
     corpus: str | None = setting(None, help="a UTF-8 text file to count, one text per line")
-    keep: tuple[int, ...] | None = setting(
-        None, help="these ids (with what they need), instead of counting a corpus"
-    )
+    keep: tuple[int, ...] | None = setting(None, help="these ids (with what they need), instead of counting a corpus")
     words: tuple[str, ...] = setting((), help="words and prompts whose tokens stay")
 
     def __post_init__(self) -> None:
@@ -64,9 +60,7 @@ class KeepVocabularyMethod:
         rows = subject.anatomy.embeddings.weight.shape[0]
         kept = self._choose(subject)
         if int(kept[-1]) >= rows:
-            raise LeanError(
-                f"the tokenizer has ids up to {int(kept[-1])} but the model has {rows} embeddings."
-            )
+            raise LeanError(f"the tokenizer has ids up to {int(kept[-1])} but the model has {rows} embeddings.")
         if len(kept) < rows:
             new = trim(old, kept)  # first, as it may be refused and changes nothing
             subject.apply(KeepVocabulary(size=len(kept)), keep=kept)

@@ -29,9 +29,7 @@ class Quantization:
     scheme: Literal["int8_weight_only", "int8_dynamic"] = setting(
         "int8_weight_only", help="dynamic rounds activations too"
     )
-    embeddings: bool = setting(
-        False, help="store the token embeddings (and a head tied to them) in int8 rows too"
-    )
+    embeddings: bool = setting(False, help="store the token embeddings (and a head tied to them) in int8 rows too")
     skip: tuple[str, ...] = setting((), help="roles left in float: query, key, value, output, gate, up, down")
 
     def __call__(self, subject: Subject) -> None:
@@ -65,9 +63,10 @@ class Quantization:
     def estimate(self, anatomy: Anatomy, length: int = 128) -> Saving:
         saved = 0
         for path in self._paths(anatomy):
-            module = anatomy.module(path)
+            module: Any = anatomy.module(path)
             out_features, in_features = linear_shape(module)
-            saved += out_features * in_features * (module.weight.element_size() - 1) - 4 * out_features
+            itemsize: int = module.weight.dtype.itemsize
+            saved += out_features * in_features * (itemsize - 1) - 4 * out_features
         table = anatomy.embeddings
         if self.embeddings and isinstance(table, nn.Embedding):
             rows, width = table.weight.shape

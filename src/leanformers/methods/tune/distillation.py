@@ -22,10 +22,8 @@ class DistillationMethod:
     """Regain quality by learning the teacher's outputs, and its hidden states where asked."""
 
     epochs: float = setting(2.0, low=0.0, help="passes over the training data")
-    learning_rate: float = setting(5e-5, low=0.0, help="peak of the linear schedule")
-    temperature: float | None = setting(
-        None, help="of the softmax; by default 2 for classes, 1 for language models"
-    )
+    learning_rate: float = setting(2e-4, low=0.0, help="peak of the linear schedule")
+    temperature: float | None = setting(None, help="of the softmax; by default 2 for classes, 1 for language models")
     alpha: float | None = setting(None, low=0.0, high=1.0, help="share of the teacher's outputs in the loss")
     hidden: float = setting(0.0, low=0.0, help="weight of the hidden states' squared error")
     relation: float = setting(0.0, low=0.0, help="weight of MiniLMv2's relations")

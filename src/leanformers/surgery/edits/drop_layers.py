@@ -37,7 +37,8 @@ class DropLayers(Edit):
         ascending = all(a < b for a, b in zip(self.keep, self.keep[1:], strict=False))
         if not self.keep or not ascending or self.keep[0] < 0 or self.keep[-1] >= count:
             raise LeanError(
-                f"keep={list(self.keep)} does not name layers of the {stack}: give ascending indices below {count}, at least one."
+                f"keep={list(self.keep)} does not name layers of the {stack}: "
+                f"give ascending indices below {count}, at least one."
             )
         return stack
 
@@ -50,6 +51,9 @@ class DropLayers(Edit):
         parent, _, name = paths.layers.rpartition(".")
         owner = anatomy.module(parent) if parent else anatomy.base
         setattr(owner, name, nn.ModuleList(kept))
+        for field in paths.num_layers:
+            if isinstance(getattr(owner, field, None), int):
+                setattr(owner, field, len(kept))  # DistilBERT's stack counts for itself
         for index, layer in enumerate(kept):
             for module in layer.modules():
                 if isinstance(getattr(module, "layer_idx", None), int):
@@ -68,11 +72,7 @@ class DropLayers(Edit):
             if config is None or id(config) in seen:
                 continue
             seen.add(id(config))
-            own = (
-                ("num_layers",)
-                if config is not anatomy.model.config and "num_decoder_layers" in fields
-                else fields
-            )
+            own = ("num_layers",) if config is not anatomy.model.config and "num_decoder_layers" in fields else fields
             for field in own:
                 if hasattr(config, field):
                     set_field(anatomy.model, config, field, len(self.keep))

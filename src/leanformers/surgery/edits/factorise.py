@@ -29,9 +29,7 @@ class FactoriseLinear(Edit):
     def _old(self, anatomy: Anatomy) -> torch.nn.Module:
         old = anatomy.module(self.path)
         if isinstance(old, (LowRankLinear, MaskedLinear, QuantisedLinear)):
-            what = {LowRankLinear: "factorised", MaskedLinear: "masked", QuantisedLinear: "quantised"}[
-                type(old)
-            ]
+            what = {LowRankLinear: "factorised", MaskedLinear: "masked", QuantisedLinear: "quantised"}[type(old)]
             raise LeanError(f"{self.path} is already {what}: factorise before that, or leave it out.")
         out_features, in_features = linear_shape(old)
         if not 0 < self.rank <= min(out_features, in_features):
@@ -59,5 +57,7 @@ class FactoriseLinear(Edit):
         change = self.rank * (out_features + in_features) - out_features * in_features
         rows = anatomy.rows(self.path)
         return Cost(
-            parameters=change, per_token=2 * change * rows.per_token, per_sequence=2 * change * rows.per_sequence
+            parameters=change,
+            per_token=2 * change * rows.per_token,
+            per_sequence=2 * change * rows.per_sequence,
         )

@@ -38,9 +38,7 @@ class KeepHeads(Edit):
     def apply(self, anatomy: Anatomy, keep: torch.Tensor | None = None, **tensors: object) -> None:
         attention = self._attention(anatomy)
         groups = attention.num_key_value_heads
-        index = kept(
-            keep, self.size, groups, f"key/value heads of {self.path}", on_skeleton=on_meta(attention.module)
-        )
+        index = kept(keep, self.size, groups, f"key/value heads of {self.path}", on_skeleton=on_meta(attention.module))
         queries = _rows(index, attention.num_attention_heads // groups * attention.head_dim)
         pairs = _rows(index, attention.head_dim)
         parts = [(attention.query, queries), (attention.key, pairs), (attention.value, pairs)]
@@ -70,9 +68,7 @@ class KeepHeads(Edit):
             per_token += flops * rows[projection.path].per_token
             per_sequence += flops * rows[projection.path].per_sequence
         per_token += 2 * attention.position_terms * attention.positions * queries
-        return Cost(
-            parameters=-parameters, per_token=-per_token, per_pair=-4 * queries, per_sequence=-per_sequence
-        )
+        return Cost(parameters=-parameters, per_token=-per_token, per_pair=-4 * queries, per_sequence=-per_sequence)
 
 
 def _rows(groups: torch.Tensor, width: int) -> torch.Tensor:
@@ -96,6 +92,4 @@ def _set_counts(attention: Attention, heads: int, key_value_heads: int) -> None:
             setattr(module, name, value)
     if attention.query.fused and getattr(module, "config", None) is not None:
         # Phi-3 splits its fused projection by the config's head count at every call.
-        module.config = ConfigView.over(
-            module.config, num_attention_heads=heads, num_key_value_heads=key_value_heads
-        )
+        module.config = ConfigView.over(module.config, num_attention_heads=heads, num_key_value_heads=key_value_heads)

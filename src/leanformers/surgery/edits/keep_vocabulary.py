@@ -58,8 +58,9 @@ class KeepVocabulary(Edit):
         generation = getattr(model, "generation_config", None)
         for name, value in moved.get(id(generation), {}).items():
             setattr(generation, name, value)
-        if hasattr(model, "vocab_size"):
-            model.vocab_size = self.size
+        holders: list[Any] = [m for m in model.modules() if getattr(m, "vocab_size", None) == total]
+        for holder in holders:
+            holder.vocab_size = self.size
 
     def cost(self, anatomy: Anatomy) -> Cost:
         table = _table(anatomy)
@@ -76,20 +77,19 @@ class KeepVocabulary(Edit):
         return Cost(parameters=-gone * parameters, per_token=0 if head is None else -gone * row_flops(head))
 
 
-def _table(anatomy: Anatomy) -> nn.Module:
+def _table(anatomy: Anatomy) -> Any:
     table = anatomy.embeddings
     if table is None:
         raise LeanError(f"{type(anatomy.model).__name__} reads no tokens, so it has no vocabulary to cut.")
     if not isinstance(table, nn.Embedding):
-        raise LeanError(
-            f"The embeddings are a {type(table).__name__}: cut the vocabulary before other edits on it."
-        )
+        raise LeanError(f"The embeddings are a {type(table).__name__}: cut the vocabulary before other edits on it.")
     return table
 
 
-def _vectors(anatomy: Anatomy, total: int) -> Iterator[tuple[nn.Module, str]]:
+def _vectors(anatomy: Anatomy, total: int) -> Iterator[tuple[Any, str]]:
     """Owner and name of every tensor that has one entry per token: tables, head and their biases."""
-    model, table, head = anatomy.model, anatomy.embeddings, anatomy.head
+    model, table = anatomy.model, anatomy.embeddings
+    head: Any = anatomy.head
     for path, module in model.named_modules():
         owns_head = head is not None and any(child is head for child in module.children())
         if isinstance(module, nn.Embedding) and (module is table or path.endswith("embed_tokens")):
@@ -100,12 +100,15 @@ def _vectors(anatomy: Anatomy, total: int) -> Iterator[tuple[nn.Module, str]]:
                 yield module, "weight"
                 if module.bias is not None:
                     yield module, "bias"
-        elif owns_head and module is not model:
-            if getattr(module, "bias", None) is not None and module.bias.shape[-1] == total:
-                yield module, "bias"
+        elif owns_head and module is not model and _width(getattr(module, "bias", None)) == total:
+            yield module, "bias"  # BERT's predictions share it with the head
     bias = getattr(model, "final_logits_bias", None)
     if isinstance(bias, torch.Tensor) and bias.shape[-1] == total:
         yield model, "final_logits_bias"
+
+
+def _width(tensor: Any) -> int | None:
+    return tensor.shape[-1] if isinstance(tensor, torch.Tensor) else None
 
 
 def _narrow(owner: nn.Module, name: str, index: torch.Tensor, total: int) -> None:
@@ -149,9 +152,7 @@ def _moved_ids(anatomy: Anatomy, index: torch.Tensor) -> dict[int, dict[str, Any
             continue
         fields = {}
         for name, value in list(vars(config).items()):
-            if not (
-                name.endswith(("_token_id", "_token_ids", "_tokens", "bad_words_ids")) and value is not None
-            ):
+            if not (name.endswith(("_token_id", "_token_ids", "_tokens", "bad_words_ids")) and value is not None):
                 continue
             if name.startswith(("max_", "min_", "num_")) or name == "prompt_lookup_num_tokens":
                 continue

@@ -40,9 +40,7 @@ class MaskWeights(Edit):
         new = MaskedLinear.like(old, self.pattern)
         if not on_meta(old):
             if mask is None:
-                raise LeanError(
-                    f"Which weights of {self.path} stay is not said: pass mask=, a bool tensor [out, in]."
-                )
+                raise LeanError(f"Which weights of {self.path} stay is not said: pass mask=, a bool tensor [out, in].")
             new.carry(old, mask)
         replace(anatomy, self.path, new)
 

@@ -39,9 +39,7 @@ class Backend:
             raise LeanError("the model has no tokenizer: load it from a folder or a name that holds one")
         name = type(tokenizer).__name__
         if name.removesuffix("Fast") in BYTE_TOKENIZERS:
-            raise LeanError(
-                f"{name} reads bytes or characters: it has no vocabulary to cut, leave this step out"
-            )
+            raise LeanError(f"{name} reads bytes or characters: it has no vocabulary to cut, leave this step out")
         if not getattr(tokenizer, "is_fast", False):
             raise LeanError(
                 f"{name} is not a fast tokenizer: convert it to tokenizer.json first, "
@@ -55,9 +53,7 @@ class Backend:
             ) from error
         kind = spec["model"].get("type")
         if kind not in KINDS:
-            raise LeanError(
-                f"{name} holds a {kind} model, which cannot be cut: only these can, {', '.join(KINDS)}"
-            )
+            raise LeanError(f"{name} holds a {kind} model, which cannot be cut: only these can, {', '.join(KINDS)}")
         if kind == "WordLevel" and spec["model"].get("unk_token") not in spec["model"]["vocab"]:
             raise LeanError(f"{name} knows whole words only: give it an unknown token before cutting it")
         return cls(name=name, kind=kind, spec=spec, named=frozenset(tokenizer.all_special_ids))

@@ -58,9 +58,7 @@ def choose(
     """
     backend = Backend.of(tokenizer)
     if len(counts) != backend.size:
-        raise LeanError(
-            f"counts has {len(counts)} entries but {backend.name} has {backend.size} ids: count anew"
-        )
+        raise LeanError(f"counts has {len(counts)} entries but {backend.name} has {backend.size} ids: count anew")
     if not 0 < coverage <= 1 or multiple < 1:
         raise LeanError(f"coverage={coverage} and multiple={multiple} must be in (0, 1] and at least 1")
     times: list[int] = counts.tolist()

@@ -106,9 +106,7 @@ class Closure:
         return needed - keep
 
 
-def close(
-    tokenizer: PreTrainedTokenizerBase, keep: Tensor | Sequence[int], texts: Iterable[str] = ()
-) -> Tensor:
+def close(tokenizer: PreTrainedTokenizerBase, keep: Tensor | Sequence[int], texts: Iterable[str] = ()) -> Tensor:
     """Add to the kept old ids everything that makes them a legal vocabulary.
 
     texts: label words, prompts and the like, whose tokens must stay; the chat template's own always do.

@@ -66,9 +66,7 @@ def cut(backend: Backend, keep: Sequence[int]) -> dict[str, Any]:
         model["vocab"] = [row for index, row in enumerate(model["vocab"]) if index in new]
         model["unk_id"] = new.get(model["unk_id"])
     else:
-        vocab = model["vocab"] = {
-            token: new[index] for token, index in model["vocab"].items() if index in new
-        }
+        vocab = model["vocab"] = {token: new[index] for token, index in model["vocab"].items() if index in new}
     if backend.kind == "BPE":
         model["merges"] = [
             [left, right]
@@ -131,9 +129,7 @@ def _same(wanted: dict[str, Any], got: dict[str, Any]) -> bool:
 
     Scores may differ in their last digit, which the Rust reader of `tokenizer.json` sometimes misses.
     """
-    one, two = (
-        {key: spec[key] for key in wanted.keys() - {"padding", "truncation"}} for spec in (wanted, got)
-    )
+    one, two = ({key: spec[key] for key in wanted.keys() - {"padding", "truncation"}} for spec in (wanted, got))
     if wanted["model"]["type"] == "Unigram":
         rows = [spec["model"]["vocab"] for spec in (wanted, got)]
         if len(rows[0]) != len(rows[1]):

@@ -1,0 +1,143 @@
+"""Essential sparsity: one-shot magnitude pruning of the pre-trained checkpoint, with the mask fixed ever after.
+
+Source: Jaiswal, Liu, Chen, Wang (NeurIPS 2023, arXiv 2306.03805). The magnitudes of all block linears are pooled, and
+the smallest share ``sparsity`` becomes zero (one global threshold), without data; fine-tuning, if any, follows as a
+step of its own and keeps the zeros. ``pattern`` N:M keeps the N largest of every M consecutive inputs instead.
+Embeddings, norms, biases and head stay. Deviations: exactly k weights are masked, ties broken by position, since
+checkpoints that went through a coarse quantisation hold many equal magnitudes; the pool is histogrammed layer by
+layer rather than sorted whole, so that it takes memory for one layer at a time.
+Cost: none is saved until a format or a kernel uses the zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from leanformers.anatomy import Anatomy, is_conv1d
+from leanformers.errors import LeanError
+from leanformers.methods.base import Choice, Range, Subject, method, setting
+from leanformers.parts.masked import parse_pattern
+from leanformers.surgery import MaskWeights
+
+
+@method("essential-sparsity", stage="structure", order=30, paper="Jaiswal et al. (2023)")
+@dataclass(frozen=True, kw_only=True)
+class EssentialSparsity:
+    """Mask the smallest weights of the layers' linears."""
+
+    sparsity: float = setting(0.3, low=0.0, high=0.999, help="share of the block weights that becomes zero")
+    pattern: str = setting("unstructured", help="unstructured, or N:M with N kept of every M inputs")
+    scope: Literal["global", "layer"] = setting("global", help="one threshold for all linears, or one each")
+    scores: Literal["magnitude", "random"] = setting("magnitude", help="random is the baseline")
+
+    def __call__(self, subject: Subject) -> None:
+        anatomy = subject.anatomy
+        linears = prunable(anatomy)
+        if self.pattern != "unstructured":
+            for path, weight in linears:
+                parse_pattern(self.pattern, weight.shape[1])
+                score = self._score(path, weight, subject.seed)
+                subject.apply(MaskWeights(path=path, pattern=self.pattern), mask=keep_n_of_m(score, self.pattern))
+            return
+        counts = self._counts(linears, subject.seed)
+        for path, weight in linears:
+            mask = drop_smallest(self._score(path, weight, subject.seed), counts[path])
+            subject.apply(MaskWeights(path=path), mask=mask)
+
+    def _score(self, path: str, weight: torch.Tensor, seed: int) -> torch.Tensor:
+        if self.scores == "magnitude":
+            return weight.detach().abs().float()
+        generator = torch.Generator().manual_seed(seed + sum(path.encode()))
+        return torch.rand(weight.shape, generator=generator).to(weight.device)
+
+    def _counts(self, linears: list[tuple[str, torch.Tensor]], seed: int) -> dict[str, int]:
+        """How many weights of each linear go; together exactly round(sparsity * n)."""
+        if self.scope == "layer":
+            return {path: round(self.sparsity * weight.numel()) for path, weight in linears}
+        total = round(self.sparsity * sum(weight.numel() for _, weight in linears))
+        return global_counts(lambda: ((path, self._score(path, weight, seed)) for path, weight in linears), total)
+
+    def refuses(self, anatomy: Anatomy, task: Any) -> str | None:
+        if not prunable(anatomy):
+            return "it has no plain linears left to mask"
+        if self.pattern != "unstructured":
+            for path, weight in prunable(anatomy):
+                try:
+                    parse_pattern(self.pattern, weight.shape[1])
+                except LeanError as error:
+                    return f"{path}: {error}"
+        return None
+
+    @classmethod
+    def space(cls) -> dict[str, Choice | Range]:
+        return {}
+
+    @classmethod
+    def starts(cls) -> list[dict[str, Any]]:
+        return []
+
+
+def prunable(anatomy: Anatomy) -> list[tuple[str, torch.Tensor]]:
+    """Path and weight [out, in] of every float linear of the blocks, fused ones whole."""
+    found = []
+    for path, projection in anatomy.linears().items():
+        if isinstance(projection.module, nn.Linear) or is_conv1d(projection.module):
+            weight = projection.weight()
+            if not weight.is_floating_point():
+                raise LeanError(f"{path} holds {weight.dtype} weights: load the model unquantised to mask it.")
+            found.append((path, weight))
+    return found
+
+
+def drop_smallest(score: torch.Tensor, count: int) -> torch.Tensor:
+    """Bool mask [out, in], false at the ``count`` smallest scores; equal ones go in order of position."""
+    order = score.flatten().argsort(stable=True)
+    mask = torch.ones(score.numel(), dtype=torch.bool, device=score.device)
+    mask[order[:count]] = False
+    return mask.view(score.shape)
+
+
+def keep_n_of_m(score: torch.Tensor, pattern: str) -> torch.Tensor:
+    """Bool mask [out, in] that keeps the N largest scores of every M consecutive inputs."""
+    kept, group = (int(part) for part in pattern.split(":"))
+    grouped = score.view(score.shape[0], -1, group)
+    rank = grouped.argsort(dim=-1, descending=True, stable=True)[..., :kept]
+    return torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, rank, True).view(score.shape)
+
+
+def global_counts(scores: Any, total: int) -> dict[str, int]:
+    """How many of the ``total`` smallest scores lie in each tensor.
+
+    ``scores()`` iterates (name, non-negative tensor) anew at each call. The threshold is found by bisection on the
+    float's bits, so that no more than one tensor's scores are held at a time; what ties at the threshold is
+    taken in the order of the tensors.
+    """
+    low, high = 0, 0x7F800000  # bit patterns of non-negative float32 sort like the numbers
+    while low < high:  # the smallest bit pattern with at least `total` scores at or below it
+        middle = (low + high) // 2
+        if sum(_at_most(score, middle) for _, score in scores()) >= total:
+            high = middle
+        else:
+            low = middle + 1
+    below = {name: _at_most(score, low - 1) for name, score in scores()}
+    left = total - sum(below.values())
+    counts = {}
+    for name, score in scores():
+        ties = min(left, _at_most(score, low) - below[name]) if left > 0 else 0
+        counts[name], left = below[name] + ties, left - ties
+    return counts
+
+
+def _at_most(score: torch.Tensor, bits: int) -> int:
+    return int((score.view(torch.int32) <= bits).sum()) if bits >= 0 else 0
+
+
+def zeros(anatomy: Anatomy) -> Iterator[tuple[str, int, int]]:
+    """Path, zeros and weights of every block linear."""
+    for path, weight in prunable(anatomy):
+        yield path, int((weight == 0).sum()), weight.numel()
