@@ -11,7 +11,7 @@ from common import copied, mean, quality, subject, treat
 from leanformers.training import Teacher
 
 SEEDS = (0, 1, 2)
-LABELLED, ALL, EPOCHS = 500, 5500, 2.0
+LABELLED, ALL, EPOCHS, RATE = 500, 5500, 2.0, 5e-5
 DROP = {"method": "drop-layers", "keep": 0.5}
 
 with Evidence(
@@ -27,9 +27,16 @@ with Evidence(
         teacher.teacher = Teacher(copied(teacher).model, teacher.task, teacher.tokenizer)
 
         few = treat(teacher, DROP, seed=seed)
-        few.train(EPOCHS * ALL / LABELLED, 5e-5, limit=LABELLED)
+        few.train(EPOCHS * ALL / LABELLED, RATE, limit=LABELLED)
         found["labels"].append(quality(few))
-        distil = {"method": "distillation", "epochs": EPOCHS, "limit": ALL, "alpha": 1.0, "temperature": 2.0}
+        distil = {
+            "method": "distillation",
+            "epochs": EPOCHS,
+            "limit": ALL,
+            "alpha": 1.0,
+            "temperature": 2.0,
+            "learning_rate": RATE,
+        }
         found["logits"].append(quality(treat(teacher, DROP, distil, seed=seed)))
         inner = {**distil, "hidden": 1.0}
         found["logits + hidden"].append(quality(treat(teacher, DROP, inner, seed=seed)))

@@ -1,6 +1,6 @@
 """OPTIN on a fine-tuned MiniLM (*sentiment*) and on MiniLM as an embedder: no retraining.
 
-Trajectory scores against KL alone, the product of weight norms, and random choice, at equal multiply-adds.
+Neurons are scored in groups of four. Trajectory scores against KL alone, the product of weight norms, and random choice, at equal multiply-adds.
 The card's small vision experiment is not repeated; for the embedder 1 - cosine stands in for the KL term.
 """
 
@@ -14,10 +14,10 @@ import torch
 from claim import Evidence
 from common import copied, mean, quality, subject, treat
 from leanformers.methods import Subject
-from leanformers.methods.compress.optin import Optin, Scorer, _real, select
+from leanformers.methods.compress.optin import Optin, Scorer, _real, balanced, select
 from leanformers.surgery import KeepHeads, KeepNeurons
 
-SETTINGS = Optin(samples=64, rows=512)
+SETTINGS = Optin(samples=64, rows=512, neuron_group=4)
 BUDGETS = (0.8, 0.6, 0.5, 0.4)
 
 
@@ -38,11 +38,11 @@ def rankings(source: Subject) -> tuple[dict[str, dict[Any, float]], float]:
     """Scores of every unit by each rule, and the mean length of the batch."""
     batch = next(source.calibration(SETTINGS.samples, batch_size=SETTINGS.samples))
     length = float(_real(batch).sum()) / len(_real(batch))
-    trajectory = Scorer(source, batch, SETTINGS).scores()
-    logits_only = Scorer(source, batch, Optin(samples=64, rows=512, balance=1e9)).scores()
+    manifold, logits = Scorer(source, batch, SETTINGS).terms()
+    trajectory = balanced(manifold, logits, SETTINGS.balance)
     return {
         "trajectory": trajectory,
-        "KL only": logits_only,
+        "KL only": logits,
         "weight norms": {unit: norms(source, unit) for unit in trajectory},
         "random": {unit: random.Random(f"{unit}").random() for unit in trajectory},
     }, length

@@ -9,7 +9,7 @@ import torch
 
 import leanformers as lean
 from leanformers.errors import LeanError
-from leanformers.measure import Measurement, compare, measure
+from leanformers.measure import Measurement, compare, measure, per_token
 from leanformers.measure import run as run_module
 from leanformers.runtimes import prepare
 
@@ -37,7 +37,7 @@ def test_padding_is_paid_for_by_real_tokens(bert, task, tokenizer):
 
 def test_counting_one_row_of_each_batch_gives_the_same(bert, task, tokenizer, monkeypatch):
     whole = measure(bert, task, tokenizer, quality=False, latency=False).flops
-    monkeypatch.setattr(run_module, "_COUNT_WHOLE", 0)
+    monkeypatch.setattr(per_token, "_COUNT_WHOLE", 0)
     assert measure(bert, task, tokenizer, quality=False, latency=False).flops == whole
 
 

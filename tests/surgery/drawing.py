@@ -68,7 +68,7 @@ def draw(model: Any, kind: str, seed: int = 0) -> Draw | None:
     path = dice.choice(sorted(p for p in anatomy.roles if p.startswith(layer.path + ".")))
     out_features, in_features = linear_shape(anatomy.module(path))
     if kind == "factorise_linear":
-        return FactoriseLinear(path=path, rank=dice.randint(1, min(out_features, in_features) // 2)), {}
+        return FactoriseLinear(path=path, rank=dice.randint(2, min(out_features, in_features) // 2)), {}
     if kind == "mask_weights":
         mask = torch.rand(out_features, in_features, generator=torch.Generator().manual_seed(seed)) > 0.4
         return MaskWeights(path=path), {"mask": mask}

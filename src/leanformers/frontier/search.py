@@ -86,7 +86,7 @@ class Search:
     # -- estimates -----------------------------------------------------------------------------------------
     def explore(self) -> None:
         """Estimate recipes until enough were tried, at most two fifths of the time that is left."""
-        starts = self.space.starts()[: max(4, 2 * self.effort.trials // 3)]
+        starts = self.space.starts()[: max(5, self.effort.trials // 3)]
         self.store.enqueue(starts)
         left = self.seconds_left
         until = None if left is None else time.monotonic() + 0.4 * left

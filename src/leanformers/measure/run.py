@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +10,14 @@ import torch
 
 from leanformers.errors import LeanError
 from leanformers.measure import cost
-from leanformers.measure.batches import Batch, Measurable, RealBatches, real_batches, spread
+from leanformers.measure.batches import RealBatches, real_batches, spread
 from leanformers.measure.decode import decode_rates, unpadded
 from leanformers.measure.latency import MIN_ROUNDS, SECONDS, Candidate, Timing, time_together, warm_up
 from leanformers.measure.measurement import Measurement
 from leanformers.measure.memory import peak_memory
-from leanformers.runtimes import Prepared, check, device_of, place, prepare
-
-logger = logging.getLogger(__name__)
-
-# Above this many FLOPs (an estimate) one row of each batch is counted and multiplied by the rows.
-_COUNT_WHOLE = 2e11
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Subject:
-    """A model with all that measuring it takes; `folder` is its checkpoint, if it has one."""
-
-    model: Any
-    tokenizer: Any
-    folder: Path | None
-    prepared: Prepared | None
-
-    @property
-    def ready(self) -> Prepared:
-        """What is run; there is one whenever there is a task."""
-        if self.prepared is None:
-            raise LeanError("A model is only run with a task: give one.")
-        return self.prepared
+from leanformers.measure.per_token import flops_per_token, flops_without_task
+from leanformers.measure.subject import Subject, subject_of
+from leanformers.runtimes import check
 
 
 def measure(
@@ -173,12 +151,13 @@ def _measure(
 
         task = find_task(task)
     subjects = {
-        name: _subject(source, task, runtimes.get(name, "torch"), folders.get(name)) for name, source in models.items()
+        name: subject_of(source, task, runtimes.get(name, "torch"), folders.get(name))
+        for name, source in models.items()
     }
     results = {name: _static(subjects[name]) for name in wanted}
     if task is None:
         for name in wanted:
-            results[name] |= _flops_without_task(subjects[name].model, seed)
+            results[name] |= flops_without_task(subjects[name].model, seed)
         return {name: Measurement(**result) for name, result in results.items()}
 
     real = real_batches(
@@ -207,41 +186,7 @@ def _measure(
     return {name: Measurement(**result) for name, result in results.items()}
 
 
-def _subject(source: Any, task: Any, runtime: str, folder: str | Path | None) -> _Subject:
-    place = Path(folder) if folder is not None else None
-    model, tokenizer = source if isinstance(source, tuple) else (source, None)
-    if isinstance(model, str | Path):
-        from leanformers.tasks import load
-
-        place = place or _folder_of(model)
-        model, found = load(model, task)
-        tokenizer = tokenizer or found
-    prepared = model if isinstance(model, Prepared) else None
-    model = prepared.source if prepared is not None else model
-    if tokenizer is None and task is not None:
-        tokenizer = _tokenizer(model, task)
-    if prepared is None and task is not None:
-        prepared = prepare(model, task, runtime)
-    return _Subject(model=model, tokenizer=tokenizer, folder=place, prepared=prepared)
-
-
-def _tokenizer(model: Any, task: Any) -> Any:
-    from leanformers.tasks import load
-
-    return load(model, task)[1]
-
-
-def _folder_of(source: str | Path) -> Path | None:
-    """The checkpoint that a folder or a packaged name stands for; None for a name of the hub."""
-    from leanformers.tasks.checkpoints import MODELS, checkpoint
-
-    if str(source) in MODELS:
-        return Path(checkpoint(str(source)))
-    path = Path(source).expanduser()
-    return path if path.is_dir() else None
-
-
-def _static(subject: _Subject) -> dict[str, Any]:
+def _static(subject: Subject) -> dict[str, Any]:
     found: dict[str, Any] = {
         "parameters": cost.parameters(subject.model),
         "memory": cost.bytes_in_memory(subject.model),
@@ -257,57 +202,8 @@ def _static(subject: _Subject) -> dict[str, Any]:
     return found | {"threads": torch.get_num_threads()}
 
 
-def flops_per_token(model: Any, task: Measurable, real: RealBatches) -> float:
-    """FLOPs of the task's forward per real (unpadded) token of the batches: what padding costs is in it.
-
-    For a large model one row of each batch is counted, at its padded length, and multiplied by its rows.
-    """
-    estimate = 2 * cost.parameters(model) * sum(real.positions)
-    total = 0
-    for batch, rows in zip(real.batches, real.examples, strict=True):
-        taken, times = (batch, 1) if estimate <= _COUNT_WHOLE else (_rows(batch, 1), rows)
-        taken = place(taken, device_of(model))
-        total += times * cost.count_flops(_forward(model, task, taken), model).total
-    return total / max(1, sum(real.tokens))
-
-
-def _forward(model: Any, task: Measurable, batch: Batch) -> Callable[[], Any]:
-    was_training = model.training
-
-    def call() -> Any:
-        model.eval()
-        try:
-            return task.forward(model, batch)
-        finally:
-            model.train(was_training)
-
-    return call
-
-
-def _rows(batch: Batch, count: int) -> Batch:
-    return {k: v[:count] if torch.is_tensor(v) and v.dim() else v for k, v in batch.items()}
-
-
-def _flops_without_task(model: Any, seed: int, length: int = 128) -> dict[str, Any]:
-    """FLOPs per token of one unpadded sequence of random ids; nothing where the model takes no ids."""
-    config = getattr(model, "config", None)
-    vocab = getattr(config, "vocab_size", None)
-    if vocab is None or getattr(config, "is_encoder_decoder", False):
-        return {}
-    positions = getattr(config, "max_position_embeddings", None)
-    length = min(length, positions - 2) if isinstance(positions, int) and positions > 2 else length
-    ids = torch.randint(0, vocab, (1, length), generator=torch.Generator().manual_seed(seed))
-    batch = {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
-    try:
-        count = cost.count_flops(lambda: model(**batch), model).total
-    except Exception as error:  # a model of another kind of input
-        logger.info("FLOPs were not counted: %s", error)
-        return {}
-    return {"flops": count / length, "padding": 0.0, "examples": 1, "tokens": length}
-
-
 def _time(
-    subjects: Mapping[str, _Subject], real: Mapping[str, RealBatches], seconds: float
+    subjects: Mapping[str, Subject], real: Mapping[str, RealBatches], seconds: float
 ) -> tuple[dict[str, Timing], dict[str, RealBatches]]:
     """Timings of all, and the batches that they were timed on: fewer where a round would take too long."""
     counts = {len(r.batches) for r in real.values()}
@@ -320,7 +216,7 @@ def _time(
     return time_together(_candidates(subjects, used), seconds=seconds), used
 
 
-def _candidates(subjects: Mapping[str, _Subject], real: Mapping[str, RealBatches]) -> dict[str, Candidate]:
+def _candidates(subjects: Mapping[str, Subject], real: Mapping[str, RealBatches]) -> dict[str, Candidate]:
     found = {}
     for name, subject in subjects.items():
         prepared = subject.ready
@@ -341,7 +237,7 @@ def _timing(timing: Timing, batch_size: int, *, paired: bool) -> dict[str, Any]:
     }
 
 
-def _peak(subject: _Subject, used: RealBatches) -> int | None:
+def _peak(subject: Subject, used: RealBatches) -> int | None:
     prepared = subject.ready
     placed = [prepared.place(batch) for batch in used.batches]
 
@@ -353,7 +249,7 @@ def _peak(subject: _Subject, used: RealBatches) -> int | None:
 
 
 def _decode(
-    subjects: Mapping[str, _Subject],
+    subjects: Mapping[str, Subject],
     real: Mapping[str, RealBatches],
     wanted: list[str],
     new_tokens: int,

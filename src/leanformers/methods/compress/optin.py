@@ -102,9 +102,13 @@ class Scorer:
         self.outputs: list[Any] = []
         self.features: dict[int, Tensor] = {}
 
-    @torch.inference_mode()
     def scores(self) -> dict[Unit, float]:
         """Importance of each unit: later blocks' Gram differences plus the balanced logit term."""
+        return balanced(*self.terms(), self.settings.balance)
+
+    @torch.inference_mode()
+    def terms(self) -> tuple[dict[Unit, float], dict[Unit, float]]:
+        """The two terms of every unit's importance, apart: Gram differences, and change of the logits."""
         self.subject.model.eval()
         with self._watching(0, keep=True):
             reference_logits = self._run()
@@ -118,9 +122,7 @@ class Scorer:
             compared = [k for k in self.features if k > index] or [last]
             manifold[unit] = sum(_gram_error(reference[k], self.features[k]) for k in compared)
             logits[unit] = self._logit_error(reference_logits, changed)
-        scale = _median(manifold) / _median(logits) if _median(logits) > 0 else 0.0
-        weight = self.settings.balance * scale
-        return {unit: manifold[unit] + weight * logits[unit] for unit in manifold}
+        return manifold, logits
 
     def _run(self) -> Tensor:
         return self.subject.task.forward(self.subject.model, self.batch).float()
@@ -197,6 +199,12 @@ class Scorer:
             yield
         finally:
             handle.remove()
+
+
+def balanced(manifold: dict[Unit, float], logits: dict[Unit, float], balance: float) -> dict[Unit, float]:
+    """The sum of both terms, the logits' scaled to the other's median times ``balance``."""
+    scale = _median(manifold) / _median(logits) if _median(logits) > 0 else 0.0
+    return {unit: manifold[unit] + balance * scale * logits[unit] for unit in manifold}
 
 
 def _constant(output: Any) -> Callable[..., Any]:
