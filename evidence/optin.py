@@ -1,7 +1,8 @@
 """OPTIN on a fine-tuned MiniLM (*sentiment*) and on MiniLM as an embedder: no retraining.
 
-Neurons are scored in groups of four. Trajectory scores against KL alone, the product of weight norms, and random choice, at equal multiply-adds.
-The card's small vision experiment is not repeated; for the embedder 1 - cosine stands in for the KL term.
+Neurons are scored in groups of four. Trajectory scores against KL alone, the product of weight norms, and random
+choice, at equal multiply-adds. The card's small vision experiment is not repeated; for the embedder 1 - cosine
+stands in for the KL term.
 """
 
 from __future__ import annotations
