@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from dataclasses import dataclass
 
 import pytest
@@ -181,3 +183,32 @@ def test_whole_folders_replace_old_ones_at_once(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["point"]
     folders.write_json(tmp_path / "x.json", {"a": float("nan"), "b": (1, None)})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [1, None]}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 kB, where this process may mount one."""
+    place = tmp_path / "small"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("mounting takes root")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("size", [8, 64])
+def test_a_disk_that_is_really_full(small_disk, size):
+    from transformers import BertConfig, BertModel
+
+    from leanformers.recipe import run
+
+    fields = {"hidden_size": size, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": size}
+    model = BertModel(BertConfig(vocab_size=11, max_position_embeddings=16, **fields))
+    if size == 64:
+        with pytest.raises(LeanError, match="is full: free some space"):
+            run(STEPS, model, out=small_disk / "lean")
+        assert list(small_disk.iterdir()) == []
+    else:
+        run(STEPS, model, out=small_disk / "lean")
+        assert (small_disk / "lean" / "recipe.yaml").is_file()

@@ -69,7 +69,11 @@ def slugs() -> list[str]:
 def get(slug: str) -> MethodInfo:
     """The method of that name; LeanError with the closest name if there is none."""
     if slug not in _registry and slug in (modules := _modules()):
-        import_module(modules[slug])
+        found = vars(import_module(modules[slug])).values()
+        # The module may have been imported before, under another registry.
+        for cls in found:
+            if getattr(cls, "slug", None) == slug:
+                _registry[slug] = cls.info
     if slug not in _registry:
         close = get_close_matches(str(slug), slugs(), n=1, cutoff=0.5)
         guess = f" (did you mean '{close[0]}'?)" if close else ""

@@ -205,7 +205,7 @@ def method(
         doc = cls.__doc__ or ""
         if doc.startswith(f"{cls.__name__}("):  # dataclass writes the signature where there is no docstring
             doc = ""
-        _registry[slug] = MethodInfo(
+        info = MethodInfo(
             slug=slug,
             cls=cls,
             title=title or doc.strip().split("\n")[0].rstrip(".") or slug,
@@ -217,7 +217,8 @@ def method(
             suits=dict(suits or {}),
             doc=doc,
         )
-        cls.slug = slug  # type: ignore[attr-defined]
+        _registry[slug] = info
+        cls.slug, cls.info = slug, info  # type: ignore[attr-defined]
         return cls
 
     return register
