@@ -11,6 +11,7 @@ from leanformers.anatomy.parts import (
     Norm,
     Projection,
     is_conv1d,
+    is_dense,
     is_linear,
     linear_shape,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "base_of",
     "count_parameters",
     "is_conv1d",
+    "is_dense",
     "is_linear",
     "linear_flops",
     "linear_shape",

@@ -6,6 +6,7 @@ looks; surgery changes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -167,6 +168,11 @@ class Anatomy:
         if path not in self.roles:
             raise LeanError(f"No linear of a layer at {path!r}: the first one is at {next(iter(self.roles))!r}.")
         return self.roles[path]
+
+    def paths(self, roles: Iterable[str]) -> list[str]:
+        """Paths of the block linears that have one of these roles, a fused one by any of its own."""
+        wanted = set(roles)
+        return [path for path, role in self.roles.items() if wanted & set(role.split("+"))]
 
     def linears(self) -> dict[str, Projection]:
         """Every linear of the blocks as a whole module (fused ones once), by path."""

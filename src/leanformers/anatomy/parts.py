@@ -23,6 +23,11 @@ def is_linear(module: Module) -> bool:
     return is_conv1d(module) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
 
 
+def is_dense(module: Module) -> bool:
+    """Whether this is a linear with one float weight: Linear (masked ones too) or Conv1D."""
+    return isinstance(module, torch.nn.Linear) or is_conv1d(module)
+
+
 def linear_shape(module: Module) -> tuple[int, int]:
     """(out_features, in_features) of a linear of any make.
 

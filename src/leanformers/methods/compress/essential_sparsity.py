@@ -4,23 +4,21 @@ Source: Jaiswal, Liu, Chen, Wang (NeurIPS 2023, arXiv 2306.03805). The magnitude
 the smallest share ``sparsity`` becomes zero (one global threshold), without data; fine-tuning, if any, follows as a
 step of its own and keeps the zeros. ``pattern`` N:M keeps the N largest of every M consecutive inputs instead.
 Embeddings, norms, biases and head stay. Deviations: exactly k weights are masked, ties broken by position, since
-checkpoints that went through a coarse quantisation hold many equal magnitudes; the pool is histogrammed layer by
-layer rather than sorted whole, so that it takes memory for one layer at a time.
+checkpoints that went through a coarse quantisation hold many equal magnitudes; the threshold is found by bisection
+rather than by sorting the pool, so that one linear's scores are held at a time.
 Cost: none is saved until a format or a kernel uses the zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
-from leanformers.anatomy import Anatomy, is_conv1d
+from leanformers.anatomy import Anatomy, is_dense
 from leanformers.errors import LeanError
-from leanformers.methods.base import Choice, Range, Subject, method, setting
+from leanformers.methods.base import Subject, method, setting
 from leanformers.parts.masked import parse_pattern
 from leanformers.surgery import MaskWeights
 
@@ -40,7 +38,6 @@ class EssentialSparsity:
         linears = prunable(anatomy)
         if self.pattern != "unstructured":
             for path, weight in linears:
-                parse_pattern(self.pattern, weight.shape[1])
                 score = self._score(path, weight, subject.seed)
                 subject.apply(MaskWeights(path=path, pattern=self.pattern), mask=keep_n_of_m(score, self.pattern))
             return
@@ -74,10 +71,6 @@ class EssentialSparsity:
         return None
 
     @classmethod
-    def space(cls) -> dict[str, Choice | Range]:
-        return {}
-
-    @classmethod
     def starts(cls) -> list[dict[str, Any]]:
         return []
 
@@ -86,7 +79,7 @@ def prunable(anatomy: Anatomy) -> list[tuple[str, torch.Tensor]]:
     """Path and weight [out, in] of every float linear of the blocks, fused ones whole."""
     found = []
     for path, projection in anatomy.linears().items():
-        if isinstance(projection.module, nn.Linear) or is_conv1d(projection.module):
+        if is_dense(projection.module):
             weight = projection.weight()
             if not weight.is_floating_point():
                 raise LeanError(f"{path} holds {weight.dtype} weights: load the model unquantised to mask it.")
@@ -104,7 +97,10 @@ def drop_smallest(score: torch.Tensor, count: int) -> torch.Tensor:
 
 def keep_n_of_m(score: torch.Tensor, pattern: str) -> torch.Tensor:
     """Bool mask [out, in] that keeps the N largest scores of every M consecutive inputs."""
-    kept, group = (int(part) for part in pattern.split(":"))
+    structure = parse_pattern(pattern, score.shape[1])
+    if structure is None:
+        return torch.ones_like(score, dtype=torch.bool)
+    kept, group = structure
     grouped = score.view(score.shape[0], -1, group)
     rank = grouped.argsort(dim=-1, descending=True, stable=True)[..., :kept]
     return torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, rank, True).view(score.shape)
@@ -135,9 +131,3 @@ def global_counts(scores: Any, total: int) -> dict[str, int]:
 
 def _at_most(score: torch.Tensor, bits: int) -> int:
     return int((score.view(torch.int32) <= bits).sum()) if bits >= 0 else 0
-
-
-def zeros(anatomy: Anatomy) -> Iterator[tuple[str, int, int]]:
-    """Path, zeros and weights of every block linear."""
-    for path, weight in prunable(anatomy):
-        yield path, int((weight == 0).sum()), weight.numel()

@@ -55,9 +55,9 @@ class Greenformers:
 
     def _ranks(self, anatomy: Anatomy) -> dict[str, int]:
         ranks = {}
-        for path, role in anatomy.roles.items():
+        for path in anatomy.paths(self.roles):
             module = anatomy.module(path)
-            if not set(role.split("+")) & set(self.roles) or not _plain(module):
+            if not _plain(module):
                 continue
             out_features, in_features = linear_shape(module)
             rank = rank_of(self.rank, out_features, in_features, self.multiple)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from leanformers.anatomy import Anatomy, is_conv1d, linear_shape
+from leanformers.anatomy import Anatomy, is_dense, linear_shape
 from leanformers.errors import LeanError
 from leanformers.methods.base import Choice, Range, Saving, Subject, method, setting
 from leanformers.parts import LowRankLinear
@@ -45,13 +45,14 @@ class Quantization:
 
     def _paths(self, anatomy: Anatomy) -> list[str]:
         paths = []
-        for path, role in anatomy.roles.items():
-            if set(role.split("+")) & set(self.skip):
+        skipped = anatomy.paths(self.skip)
+        for path in anatomy.roles:
+            if path in skipped:
                 continue
             module = anatomy.module(path)
             if isinstance(module, LowRankLinear):
                 paths += [f"{path}.down", f"{path}.up"]
-            elif isinstance(module, nn.Linear) or is_conv1d(module):
+            elif is_dense(module):
                 paths.append(path)
         return paths
 

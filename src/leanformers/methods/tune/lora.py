@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from leanformers.anatomy import Anatomy, is_conv1d
+from leanformers.anatomy import Anatomy, is_conv1d, is_dense
 from leanformers.errors import LeanError
-from leanformers.methods.base import Choice, Range, Subject, method, setting
+from leanformers.methods.base import Subject, method, setting
 from leanformers.parts import LowRankLinear
 
 
@@ -72,18 +72,13 @@ class Lora:
 
     def _paths(self, anatomy: Anatomy) -> list[str]:
         paths = []
-        for path, role in anatomy.roles.items():
-            if set(role.split("+")) & set(self.roles):
-                module = anatomy.module(path)
-                if isinstance(module, LowRankLinear):
-                    paths.append(f"{path}.up")
-                elif isinstance(module, nn.Linear) or is_conv1d(module):
-                    paths.append(path)
+        for path in anatomy.paths(self.roles):
+            module = anatomy.module(path)
+            if isinstance(module, LowRankLinear):
+                paths.append(f"{path}.up")
+            elif is_dense(module):
+                paths.append(path)
         return paths
-
-    @classmethod
-    def space(cls) -> dict[str, Choice | Range]:
-        return {}
 
     @classmethod
     def starts(cls) -> list[dict[str, Any]]:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from leanformers.anatomy import Anatomy, linear_flops
-from leanformers.anatomy.flops import block_rows
+from leanformers.anatomy import Anatomy, count_parameters, linear_flops
 from leanformers.errors import LeanError
 from leanformers.surgery.config import set_field
 from leanformers.surgery.edit import Cost, Edit, edit
@@ -86,20 +85,17 @@ class DropLayers(Edit):
 
     def cost(self, anatomy: Anatomy) -> Cost:
         stack = self._check(anatomy)
-        rows = block_rows(anatomy)
         total = Cost()
         for layer in anatomy.stacks[stack]:
             if layer.index in self.keep:
                 continue
             shared = getattr(layer.attention.module, "relative_attention_bias", None)
-            own = sum(p.numel() for p in layer.module.parameters()) + sum(
-                module.qdata.numel() for module in layer.module.modules() if hasattr(module, "qdata")
-            )
-            own -= sum(p.numel() for p in shared.parameters()) if isinstance(shared, nn.Module) else 0
+            own = count_parameters(layer.module)
+            own -= count_parameters(shared) if isinstance(shared, nn.Module) else 0
             total += Cost(parameters=-own)
-            for path, count in rows.items():
+            for path in anatomy.roles:
                 if path.startswith(layer.path + "."):
-                    flops = linear_flops(anatomy.module(path))
+                    flops, count = linear_flops(anatomy.module(path)), anatomy.rows(path)
                     total += Cost(per_token=-flops * count.per_token, per_sequence=-flops * count.per_sequence)
             for attention in layer.attentions():
                 width = attention.num_attention_heads * attention.head_dim

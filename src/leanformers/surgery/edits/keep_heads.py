@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from leanformers.anatomy import Anatomy, Attention
-from leanformers.anatomy.flops import block_rows
 from leanformers.errors import LeanError
 from leanformers.surgery.config import ConfigView
 from leanformers.surgery.edit import Cost, Edit, edit, kept, on_meta
@@ -59,14 +58,13 @@ class KeepHeads(Edit):
         queries, pairs = gone * per_group * attention.head_dim, gone * attention.head_dim
         widths = [(attention.query, queries), (attention.key, pairs), (attention.value, pairs)]
         widths += [(projection, queries) for projection in attention.extra]
-        rows = block_rows(anatomy)
         parameters = queries * column_parameters(attention.output.module)
         per_token, per_sequence = queries * column_flops(attention.output.module), 0
         for projection, count in widths:
             parameters += count * row_parameters(projection.module)
             flops = count * row_flops(projection.module)
-            per_token += flops * rows[projection.path].per_token
-            per_sequence += flops * rows[projection.path].per_sequence
+            per_token += flops * anatomy.rows(projection.path).per_token
+            per_sequence += flops * anatomy.rows(projection.path).per_sequence
         per_token += 2 * attention.position_terms * attention.positions * queries
         return Cost(parameters=-parameters, per_token=-per_token, per_pair=-4 * queries, per_sequence=-per_sequence)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from leanformers.anatomy import Anatomy, is_conv1d, linear_shape
+from leanformers.anatomy import Anatomy, is_dense, linear_shape
 from leanformers.errors import LeanError
 from leanformers.parts.masked import MaskedLinear, parse_pattern
 from leanformers.surgery.edit import Cost, Edit, edit, on_meta, replace
@@ -27,7 +27,7 @@ class MaskWeights(Edit):
 
     def _old(self, anatomy: Anatomy) -> nn.Module:
         old = anatomy.module(self.path)
-        if not (isinstance(old, nn.Linear) or is_conv1d(old)):
+        if not is_dense(old):
             raise LeanError(
                 f"{self.path} is a {type(old).__name__}, whose weights cannot be masked: mask plain linears, "
                 "such as the two inner ones of a factorised linear."

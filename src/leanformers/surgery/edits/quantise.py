@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from leanformers.anatomy import Anatomy, is_conv1d
+from leanformers.anatomy import Anatomy, is_dense
 from leanformers.errors import LeanError
 from leanformers.parts.quantised import QuantisedLinear, check_scheme
 from leanformers.surgery.edit import Cost, Edit, edit, on_meta, replace
@@ -25,7 +25,7 @@ class QuantiseLinear(Edit):
 
     def _old(self, anatomy: Anatomy) -> nn.Module:
         old = anatomy.module(self.path)
-        if not (isinstance(old, nn.Linear) or is_conv1d(old)):
+        if not is_dense(old):
             raise LeanError(
                 f"{self.path} is a {type(old).__name__}, which cannot be quantised: quantise plain linears, "
                 "such as the two inner ones of a factorised linear."
