@@ -11,7 +11,7 @@ from common import copied, mean, quality, subject, treat
 from leanformers.training import Teacher
 
 SEEDS = (0, 1, 2)
-LABELLED, ALL, EPOCHS, RATE = 500, 5500, 2.0, 5e-5
+LABELLED, ALL, EPOCHS, RATE = 500, 5500, 2.0, 2e-4
 DROP = {"method": "drop-layers", "keep": 0.5}
 
 with Evidence(

@@ -18,7 +18,7 @@ import frontier_fake as fake
 from leanformers import folders
 from leanformers.errors import LeanError
 from leanformers.frontier import Space, hypervolume
-from leanformers.frontier.conclude import points_of, write_points
+from leanformers.frontier.conclude import ASIDE, points_of, write_points
 from leanformers.frontier.result import Frontier, minimised
 from leanformers.frontier.store import Store
 from leanformers.methods import base
@@ -90,6 +90,20 @@ def test_a_search_ends_with_points_for_every_goal(tmp_path, infos):
     assert data["points"][0]["folder"] == f"points/{points[0].name}" and data["best"] == frontier.best.name
     assert all(p["reason"] for p in data["points"] if p["status"] != "frontier")
     assert {p["status"] for p in data["points"]} <= {"frontier", "dominated", "estimated", "failed"}
+
+
+def test_what_only_the_validation_rows_know_is_not_on_the_frontier(tmp_path, infos, monkeypatch):
+    search, bench = fake.search_in(tmp_path, infos, trials=12)
+    search.explore()
+    search.confirm()
+    search.effort = fake.Effort(points=2)
+    compared, compare = [], bench.compare
+    monkeypatch.setattr(bench, "compare", lambda names: compared.extend(names) or compare(names))
+    _, tried = points_of(search, bench, Recipe(model="some/model", task="sentiment"), None)
+    aside = [point for point in tried if point.reason == ASIDE]
+    assert len(compared) == 2 and len(search.all_saved()) > 2
+    assert {point.name for point in aside} == set(search.all_saved()) - set(compared)
+    assert all(point.status == "estimated" for point in aside)
 
 
 def test_the_same_again_does_nothing_twice_and_more_trials_go_on(tmp_path, infos):

@@ -8,10 +8,12 @@ import pytest
 import torch
 from subjects import BOTH, decoder, encoder, outputs
 
+from leanformers.anatomy import Anatomy
 from leanformers.errors import LeanError
 from leanformers.methods import get
 from leanformers.methods.tune.distillation import kept_layers
 from leanformers.surgery import ledger, tier
+from leanformers.tasks.embedding import Embedding
 
 
 @pytest.mark.parametrize(("keep", "layers"), [(0.34, (0,)), (0.67, (0, 2)), (1.0, (0, 1, 2))])
@@ -44,6 +46,14 @@ def test_distillation_brings_the_student_nearer_to_its_teacher():
     before = (outputs(subject, 20) - target).norm()
     get("distillation").build({"epochs": 2, "learning_rate": 2e-3, "alpha": 1.0})(subject)
     assert (outputs(subject, 20) - target).norm() < 0.5 * before
+
+
+def test_distillation_refuses_a_task_that_learns_from_its_pairs():
+    rows = [{"query": f"question {i}", "body": f"answer {i}"} for i in range(4)]
+    splits = {"train": rows, "validation": rows, "test": rows}
+    info, anatomy = get("distillation"), Anatomy.of(encoder().model)
+    assert info.unsuitable(anatomy, Embedding("pairs", splits)) is None
+    assert "objective 'teacher'" in info.unsuitable(anatomy, Embedding("pairs", splits, objective="pairs"))
 
 
 @pytest.mark.parametrize("make", BOTH.values(), ids=BOTH)

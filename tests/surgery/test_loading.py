@@ -20,8 +20,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from families import TINY
+from leanformers.anatomy import Anatomy
 from leanformers.errors import LeanError
-from leanformers.surgery import FactoriseLinear, KeepNeurons, apply, ledger, save_delta
+from leanformers.surgery import DropLayers, FactoriseLinear, KeepNeurons, apply, ledger, save_delta
 from leanformers.surgery.saving import GUARD, digest
 
 SIZES = {
@@ -223,3 +225,25 @@ def test_a_delta_without_its_base_is_refused(llama_base, tmp_path):
     llama_base.rename(tmp_path / "elsewhere")
     with pytest.raises(LeanError, match="is not there"):
         LlamaForCausalLM.from_pretrained(tmp_path / "delta")
+
+
+@pytest.mark.parametrize("family", ["t5", "whisper"])
+def test_the_encoder_alone_loads_from_a_folder_with_edits_of_the_decoder(family, tmp_path):
+    from transformers import T5EncoderModel, WhisperForAudioClassification
+
+    model = TINY[family]()
+    apply(model, DropLayers(stack="decoder", keep=(0,)))
+    ours = "encoder.block.0.layer.1.DenseReluDense.wi_0" if family == "t5" else "encoder.layers.0.fc1"
+    theirs = "decoder.block.0.layer.2.DenseReluDense.wi_0" if family == "t5" else "decoder.layers.0.fc1"
+    for path in (ours, theirs):
+        apply(model, FactoriseLinear(path=path, rank=4))
+    model.save_pretrained(tmp_path / "whole")
+    head = T5EncoderModel if family == "t5" else WhisperForAudioClassification
+    encoder = head.from_pretrained(tmp_path / "whole")
+    assert [edit.path for edit in ledger(encoder)] == [ours]
+    encoder.save_pretrained(tmp_path / "encoder")
+    again = head.from_pretrained(tmp_path / "encoder")
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    factors = [Anatomy.of(one).linears()[ours].weight() for one in (encoder, model)]
+    assert torch.equal(*factors)

@@ -154,6 +154,33 @@ def slim(
         list[str] | None,
         typer.Option("--method", help="Search among these methods only (repeatable).", rich_help_panel=_SEARCH),
     ] = None,
+    estimate: Annotated[
+        int | None,
+        typer.Option("--estimate", help="Training examples of an estimate; 0: none.", min=0, rich_help_panel=_SEARCH),
+    ] = None,
+    validation_rows: Annotated[
+        int | None,
+        typer.Option("--validation-rows", help="Rows that estimates are compared on.", min=1, rich_help_panel=_SEARCH),
+    ] = None,
+    test_rows: Annotated[
+        int | None,
+        typer.Option("--test-rows", help="Rows of the last measurement; else all.", min=1, rich_help_panel=_SEARCH),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Rows of a timed batch.", min=1, rich_help_panel=_SEARCH)
+    ] = None,
+    tune: Annotated[
+        bool | None,
+        typer.Option(
+            "--tune/--no-tune",
+            help="Fine-tune the model first; else only where its head is new.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Load the weights as float32, bfloat16 or float16; else as they are stored."),
+    ] = None,
     runtime: RuntimeOption = "torch",
     seed: SeedOption = 0,
     trust_remote_code: TrustOption = False,
@@ -172,7 +199,8 @@ def slim(
         raise typer.BadParameter("say what the model is for: --task NAME, or --data FILE with its columns")
     run_slim(
         model, chosen, out=out, goals=goal or [], trials=trials, finalists=finalists, points=points,
-        minutes=minutes, methods=method or None, runtime=runtime, seed=seed,
+        minutes=minutes, methods=method or None, estimate=estimate, validation=validation_rows, test=test_rows,
+        batch_size=batch_size, tune=tune, dtype=dtype, runtime=runtime, seed=seed,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
 

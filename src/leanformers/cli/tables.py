@@ -34,18 +34,16 @@ def frontier(data: Mapping[str, Any]) -> Group:
     table = _table("point", *titles, "tier", numbers=titles)
     marks = view.letters(data)
     winners = [point for point in data.get("points", ()) if point.get("status") == "frontier"]
+    legend = Table.grid(padding=(0, 1))
     for point in winners:
-        best = point["name"] == data.get("best")
-        name = Text.assemble((marks[str(point["name"])] + " ", "green"))
-        name.append(view.summary(point) or str(point["name"]), "bold green" if best else "bold")
-        if view.summary(point):
-            name.append(f"\n{point['name']}", "dim")
-        table.add_row(name, *(_cell(point, key) for key in TABLE), point.get("tier") or "–")
+        letter = Text(marks[str(point["name"])], "bold green" if point["name"] == data.get("best") else "bold")
+        table.add_row(letter, *(_cell(point, key) for key in TABLE), point.get("tier") or "–")
+        where = point.get("folder") or point["name"]
+        legend.add_row(letter, Text.assemble(view.added(data, point), (f"\n{where}", "dim")))
     table.add_section()
     for point in [data["baseline"], *data.get("references", ())]:
         table.add_row(str(point["name"]), *(_cell(point, key) for key in TABLE), point.get("tier") or "–")
-    notes = [Text(view.headline(data), "dim")]
-    return Group(Text(), table, *notes)
+    return Group(Text(), table, Text(), legend, Text(), Text(view.headline(data), "dim"))
 
 
 def measurement(found: Any, baseline: Any = None, name: str = "", baseline_name: str = "") -> Table:

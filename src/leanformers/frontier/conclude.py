@@ -26,6 +26,7 @@ from leanformers.recipe import Recipe
 if TYPE_CHECKING:
     from leanformers.measure import Measurement
 
+ASIDE = "on the validation rows other points were at least as good, so the test rows were spared it"
 _OWN = {"steps.json", RESULT}  # of the search, not of a point
 
 
@@ -53,8 +54,11 @@ def points_of(search: Search, bench: Bench, recipe: Recipe, baseline: Measuremen
         tier=_tier_of(search.folder / BASELINE),
     )
     found = [_measured_point(search, recipe, name, saved[name], known[name], compared) for name in names]
-    found = _ranked(found, first, search.objectives)
-    return first, [*found, *_others(search, recipe, set(saved))]
+    # What only the validation rows know is not ranked beside what the test rows know.
+    aside = [] if len(compared) == 1 else [point for point in found if point.name not in compared]
+    found = _ranked([point for point in found if point not in aside], first, search.objectives)
+    aside = [replace(point, status="estimated", reason=ASIDE) for point in aside]
+    return first, [*found, *aside, *_others(search, recipe, set(saved))]
 
 
 def _compare(bench: Bench, names: Sequence[str], baseline: Measurement) -> dict[str, Measurement]:

@@ -121,8 +121,8 @@ def slim(
         baseline = bench.baseline()
         say(f"baseline: {the_task.metric} {baseline.quality:.4g}, {baseline.parameters:,} parameters")
         references = reference_points(folder, the_task, baseline, test, seed)
-        suited, skipped = _suited(infos, bench, explicit=methods is not None)
-        space = Space(list(suited.values()))
+        chosen, skipped = suited(infos, bench, explicit=methods is not None)
+        space = Space(list(chosen.values()))
         asked = [relative(goal, baseline.quality, the_task.better) for goal in wanted]
         search = Search(folder, bench, space, asked, objectives(asked), effort, seed=seed, say=say)
         search.start = start
@@ -232,7 +232,7 @@ def _chosen(names: Sequence[str] | None) -> dict[str, MethodInfo]:
     return {**{slug: info for slug, info in methods().items() if info.stage == "prepare"}, **found}
 
 
-def _suited(
+def suited(
     infos: Mapping[str, MethodInfo], bench: Workbench, *, explicit: bool
 ) -> tuple[dict[str, MethodInfo], dict[str, str]]:
     """Methods that suit the baseline and the task, and why the others do not.

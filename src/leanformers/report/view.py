@@ -57,6 +57,14 @@ def summary(point: Point) -> str:
     return " + ".join(method for method, _ in step_texts(point))
 
 
+def added(data: Mapping[str, Any], point: Point) -> str:
+    """What a point's recipe adds to the baseline's, in a line: "drop-layers (keep 0.5) + quantization"."""
+    base = step_texts(data["baseline"])
+    own = step_texts(point)
+    own = own[len(base) :] if own[: len(base)] == base else own
+    return " + ".join(f"{method} ({settings})" if settings else method for method, settings in own)
+
+
 def quantities(data: Mapping[str, Any]) -> list[str]:
     """The axes for which at least two points have a number, in the order of the table."""
     everyone = [data["baseline"], *data.get("references", ()), *data.get("points", ())]

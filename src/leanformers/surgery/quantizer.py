@@ -19,7 +19,7 @@ import leanformers.surgery.edits  # noqa: F401  (fills the registry that from_js
 from leanformers.anatomy import Anatomy
 from leanformers.errors import LeanError
 from leanformers.surgery.config import restore
-from leanformers.surgery.edit import from_json
+from leanformers.surgery.edit import Edit, from_json
 from leanformers.surgery.lean_config import LeanConfig
 
 
@@ -55,10 +55,15 @@ class LeanQuantizer(HfQuantizer):
         record = self.quantization_config
         check_files(checkpoint_files, record)
         # The edits of a loaded model work on a copy, so that replaying does not write the ledger twice.
+        kept = []
         for edit in self._edits:
-            edit.apply(Anatomy.of(model))
+            anatomy = Anatomy.of(model)
+            if not _of_another_stack(edit, anatomy):
+                edit.apply(anatomy)
+                kept.append(edit.to_json())
         restore(model.config, self._final)
         replayed = copy.deepcopy(record)
+        replayed.edits = kept
         replayed.files = {}
         model.config.quantization_config = replayed
         self.quantization_config = replayed
@@ -92,6 +97,13 @@ class LeanQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _of_another_stack(edit: Edit, anatomy: Anatomy) -> bool:
+    """Whether an edit lies in a decoder that this class of the model, an encoder alone, does not have."""
+    stack = getattr(edit, "stack", "") or getattr(edit, "path", "").partition(".")[0]
+    absent = {paths.name for paths in anatomy.family.stacks} - set(anatomy.stacks)
+    return bool(anatomy.stacks) and stack in absent
 
 
 def _strict(model: Any, loading_info: Any) -> None:

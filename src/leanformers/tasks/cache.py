@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import LeanError
+from ..folders import DiskFull, disk_full
 
 
 def cache_dir() -> Path:
@@ -45,6 +46,12 @@ def finished(target: Path) -> Iterator[Path]:
         except OSError:
             if not target.is_dir():
                 raise
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        raise DiskFull(
+            f"the disk that holds {target.parent} is full: free some space, or set LEANFORMERS_CACHE to another folder"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -22,14 +22,16 @@ def bar(progress: Any, label: str, total: int, done: int = 0) -> Iterator[Callab
 
     with contextlib.ExitStack() as stack:
         if progress is True:
+            console = Console(stderr=True)
             progress = stack.enter_context(
                 Progress(
                     TextColumn("{task.description}"),
                     BarColumn(),
                     MofNCompleteColumn(),
                     TimeRemainingColumn(),
-                    console=Console(stderr=True),
+                    console=console,
                     transient=True,
+                    disable=not console.is_terminal,  # rich would leave empty lines in a log
                 )
             )
         line = progress.add_task(label, total=total, completed=done)

@@ -29,6 +29,10 @@ from leanformers.surgery import KeepHeads, KeepNeurons
 Unit = tuple[int, str, tuple[int, ...]]  # layer, "head" or "neuron", indices
 
 
+_BRIEF = {"samples": 16, "tokens": 512, "rows": 256, "neuron_group": 128}
+"""For a search: scoring then takes about as long as the short training of an estimate."""
+
+
 @method("optin", stage="structure", order=10, needs=("calibration",), paper="Khaki, Plataniotis (2024)")
 @dataclass(frozen=True, kw_only=True)
 class Optin:
@@ -36,6 +40,7 @@ class Optin:
 
     budget: float = setting(0.6, low=0.01, high=1.0, help="share of the heads' and neurons' multiply-adds that stays")
     samples: int = setting(128, low=1, help="texts in the one batch")
+    tokens: int | None = setting(None, low=1, help="at most, of those texts together: fewer texts where they are long")
     rows: int = setting(768, low=2, help="token rows of the Gram matrices")
     temperature: float = setting(4.0, low=0.01, help="of the logit term")
     balance: float = setting(0.1, low=0.0, help="weight of the logit term")
@@ -45,7 +50,7 @@ class Optin:
         if self.budget == 1.0:
             return
         anatomy = subject.anatomy
-        batch = next(subject.calibration(self.samples, batch_size=self.samples))
+        batch = _shortened(next(subject.calibration(self.samples, batch_size=self.samples)), self.tokens)
         scores = Scorer(subject, batch, self).scores()
         length = float(_real(batch).sum()) / len(_real(batch))
         for index, (heads, neurons) in enumerate(select(anatomy, scores, self.budget, length)):
@@ -78,14 +83,12 @@ class Optin:
     def space(cls) -> dict[str, Choice | Range]:
         return {
             "budget": Choice((0.5, 0.65, 0.8)),
-            "samples": Choice((16,)),
-            "rows": Choice((256,)),
-            "neuron_group": Choice((32,)),
+            **{name: Choice((value,)) for name, value in _BRIEF.items()},
         }
 
     @classmethod
     def starts(cls) -> list[dict[str, Any]]:
-        return [{"budget": 0.65, "samples": 16, "rows": 256, "neuron_group": 32}]
+        return [{"budget": 0.65, **_BRIEF}]
 
 
 class Scorer:
@@ -205,6 +208,14 @@ def balanced(manifold: dict[Unit, float], logits: dict[Unit, float], balance: fl
     """The sum of both terms, the logits' scaled to the other's median times ``balance``."""
     scale = _median(manifold) / _median(logits) if _median(logits) > 0 else 0.0
     return {unit: manifold[unit] + balance * scale * logits[unit] for unit in manifold}
+
+
+def _shortened(batch: dict[str, Tensor], tokens: int | None) -> dict[str, Tensor]:
+    """The first of its texts, one at least, that have no more tokens than that together."""
+    if tokens is None:
+        return batch
+    kept = max(1, int((_real(batch).sum(1).cumsum(0) <= tokens).sum()))
+    return {name: value[:kept] for name, value in batch.items()}
 
 
 def _constant(output: Any) -> Callable[..., Any]:

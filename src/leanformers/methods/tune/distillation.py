@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from leanformers.anatomy import Anatomy
 from leanformers.methods.base import Choice, Range, Subject, method, setting
 from leanformers.surgery import DropLayers, ledger
 
@@ -47,6 +48,11 @@ class DistillationMethod:
             batch_size=self.batch_size,
             limit=self.limit,
         )
+
+    def refuses(self, anatomy: Anatomy, task: Any) -> str | None:
+        if getattr(task, "objective", "teacher") == "pairs":
+            return "the task learns from its pairs (objective 'pairs'): make it with objective 'teacher', or fine-tune"
+        return None
 
     @classmethod
     def space(cls) -> dict[str, Choice | Range]:
