@@ -83,6 +83,7 @@ def test_the_garbage_collector_is_off_while_timing_and_on_again_after_an_error()
     assert states == [True, True, False, False] and gc.isenabled()
 
 
+@pytest.mark.alone
 def test_candidates_may_have_other_numbers_of_batches():
     timings = time_together(
         {
