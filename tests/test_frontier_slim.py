@@ -17,6 +17,7 @@ from leanformers.errors import LeanError
 from leanformers.frontier import Frontier, slim
 from leanformers.frontier.bench import Workbench
 from leanformers.recipe import Recipe, run
+from leanformers.runtimes import runtimes
 from leanformers.tasks import load, task
 from vocabularies import wordpiece
 
@@ -57,6 +58,7 @@ def search(source, out, **options):
         "finalists": 1,
         "estimate": 64,
         "validation": 60,
+        "runtime": "torch",
         "progress": False,
     }
     return slim(str(source / "model"), own_task(source), out=out, **{**settings, **options})
@@ -109,6 +111,43 @@ def test_the_same_call_again_measures_anew_and_trains_nothing(source, finished, 
     monkeypatch.setattr("leanformers.training.fit", forbidden)
     again = search(source, finished.folder)
     assert {point.name for point in again.trials + again.points} >= {point.name for point in finished.points}
+
+
+def test_points_run_in_other_runtimes_as_exports(source, finished):
+    """The run goes on with one more runtime: what is trained stays, every model is measured there besides."""
+    refusal = runtimes()["onnxruntime"].refusal()
+    if refusal:
+        pytest.skip(refusal)
+    wider = search(source, finished.folder, runtime=["torch", "onnxruntime"])
+    deployed = [p for p in wider.points + wider.trials if p.tier == "runtime"]
+    assert "baseline@onnxruntime" in {point.name for point in deployed} and len(deployed) >= 2
+    for point in deployed:
+        assert point.measurement.runtime == "onnxruntime" and (point.folder / "onnx" / "model.onnx").is_file()
+        assert point.ratios["latency"] > 0 and point.measurement.bytes > 0
+    whole = next(point for point in deployed if point.name == "baseline@onnxruntime")
+    assert whole.ratios["quality"] == 1
+    on_frontier = next((point for point in wider.points if point.tier == "runtime"), None)
+    if on_frontier is not None:
+        card = (on_frontier.folder / "README.md").read_text()
+        assert "An export for the runtime onnxruntime" in card and "ExportedModel" in card
+    assert "onnxruntime" in (wider.folder / "report.html").read_text()
+
+
+def test_a_runtime_that_fails_is_left_out_with_its_reason(source, finished, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise LeanError("this layer cannot be exported")
+
+    monkeypatch.setattr("leanformers.deploy.export", refuse)
+    monkeypatch.setattr("leanformers.runtimes.check", lambda name: None)
+    found = search(source, finished.folder, runtime=["torch", "openvino"])
+    assert found.skipped["baseline@openvino"] == "this layer cannot be exported"
+    assert not [point for point in found.points if point.name.endswith("@openvino")]
+
+
+def test_stock_alone_leaves_out_what_transformers_cannot_load(source, finished, tmp_path):
+    found = search(source, tmp_path / "run", stock=True, methods=None, trials=2, finalists=0, tune=False)
+    assert "--stock" in found.skipped["quantization"] and "--stock" in found.skipped["optin"]
+    assert all(point.tier == "stock" for point in found.points)
 
 
 def test_the_recipe_of_a_point_makes_it_again(source, finished, tmp_path):

@@ -24,6 +24,7 @@ from leanformers.surgery import hook
 if TYPE_CHECKING:
     from leanformers.advisor import advise
     from leanformers.anatomy import Anatomy
+    from leanformers.deploy import export
     from leanformers.frontier import Frontier
     from leanformers.frontier.slim import slim
     from leanformers.measure import Measurement, compare, measure
@@ -41,6 +42,7 @@ _PUBLIC = {
     "Frontier": "leanformers.frontier",
     "apply": "leanformers.recipe",
     "Recipe": "leanformers.recipe",
+    "export": "leanformers.deploy",
     "edit": "leanformers.surgery:apply",
     "ledger": "leanformers.surgery",
     "tier": "leanformers.surgery",
@@ -59,7 +61,7 @@ _PUBLIC = {
 
 __all__ = [
     "LeanError", "__version__",
-    "slim", "Frontier", "apply", "Recipe", "edit", "ledger", "tier", "Anatomy",
+    "slim", "Frontier", "apply", "Recipe", "export", "edit", "ledger", "tier", "Anatomy",
     "measure", "compare", "Measurement", "advise", "methods", "method", "Subject", "task", "Task", "load",
 ]  # fmt: skip
 

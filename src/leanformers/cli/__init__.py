@@ -1,4 +1,4 @@
-"""The command line: `leanformers slim`, `apply`, `measure`, `methods` and `advise`.
+"""The command line: `leanformers slim`, `apply`, `export`, `measure`, `methods` and `advise`.
 
 Commands import what they need when they run, so that `--help` and a wrong option answer at once.
 """
@@ -33,6 +33,16 @@ class Kind(StrEnum):
     embedding = "embedding"
     causal_lm = "causal-lm"
     masked_lm = "masked-lm"
+
+
+class Target(StrEnum):
+    """What a model can be exported to."""
+
+    onnx = "onnx"
+    openvino = "openvino"
+    gguf = "gguf"
+    torch = "torch"
+    stock = "stock"
 
 
 _DATA, _SEARCH = "Data", "Search"
@@ -86,7 +96,9 @@ TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model from the hub.")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
-RuntimeOption = Annotated[str, typer.Option("--runtime", help="Where the models run: torch or torch-compile.")]
+RuntimeOption = Annotated[
+    str, typer.Option("--runtime", help="Where the model runs: torch, torch-compile, onnxruntime, openvino …")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -181,7 +193,17 @@ def slim(
         str | None,
         typer.Option("--dtype", help="Load the weights as float32, bfloat16 or float16; else as they are stored."),
     ] = None,
-    runtime: RuntimeOption = "torch",
+    stock: Annotated[
+        bool, typer.Option("--stock", help="Only models that transformers loads alone.", rich_help_panel=_SEARCH)
+    ] = False,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--runtime",
+            help="Where points are measured: torch, openvino … (repeatable); all; else torch and what is installed.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None,
     seed: SeedOption = 0,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -200,9 +222,15 @@ def slim(
     run_slim(
         model, chosen, out=out, goals=goal or [], trials=trials, finalists=finalists, points=points,
         minutes=minutes, methods=method or None, estimate=estimate, validation=validation_rows, test=test_rows,
-        batch_size=batch_size, tune=tune, dtype=dtype, runtime=runtime, seed=seed,
+        batch_size=batch_size, tune=tune, dtype=dtype, runtime=_runtimes(runtime), stock=stock, seed=seed,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
+
+
+def _runtimes(given: list[str] | None) -> str | list[str]:
+    if not given:
+        return "auto"
+    return given[0] if len(given) == 1 else given
 
 
 @app.command()
@@ -225,6 +253,44 @@ def apply(
 
     chosen = task_from(task, data, kind, text=text, label=label, query=query, body=body)
     run_apply(recipe, out, model=model, task=chosen, seed=seed, trust_remote_code=trust_remote_code)
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(help="A folder (a point of a run, say), minilm, smollm2, or a name on the hub.")
+    ],
+    to: Annotated[Target, typer.Option("--to", help="What to write.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the export, which must not exist.")],
+    quantize: Annotated[
+        str | None,
+        typer.Option("--quantize", help="onnx: int8, int8-static; openvino: int8; gguf: q8_0, q6_k, q5_k_m, q4_k_m."),
+    ] = None,
+    task: TaskOption = None,
+    data: DataOption = None,
+    text: TextOption = None,
+    label: LabelOption = None,
+    query: QueryOption = None,
+    body: BodyOption = None,
+    kind: KindOption = None,
+    test: TestOption = None,
+    max_length: LengthOption = None,
+    metric: MetricOption = None,
+    drop_empty: DropEmptyOption = False,
+    limit: Annotated[int | None, typer.Option("--limit", help="Test rows to measure quality on.", min=1)] = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Write a model for the runtime that serves it, and prove that it answers as before.
+
+    [b]leanformers export runs/mine/points/NAME --to openvino --out served/[/b]
+    """
+    from leanformers.cli.commands import run_export, task_from
+
+    chosen = task_from(
+        task, data, kind, text=text, label=label, query=query, body=body, test=test, max_length=max_length,
+        metric=metric, drop_empty=drop_empty,
+    )  # fmt: skip
+    run_export(model, str(to), out, quantize=quantize, task=chosen, limit=limit, trust_remote_code=trust_remote_code)
 
 
 @app.command()

@@ -69,7 +69,12 @@ def show_frontier(data: dict[str, Any], out: Path) -> None:
         folder = out / folder
     what = "the best point" if best is not data["baseline"] else "the baseline, which no recipe beats"
     screen.print(f"\nTo use {what}, {best['name']}, in Python:\n", markup=False)
-    for line in load_lines(str(folder), data.get("task", {}).get("kind", ""), best.get("tier")):
+    for line in load_lines(
+        str(folder),
+        data.get("task", {}).get("kind", ""),
+        best.get("tier"),
+        (best.get("measurement") or {}).get("runtime"),
+    ):
         screen.print(f"    {line}", markup=False, soft_wrap=True)
 
 
@@ -95,6 +100,27 @@ def run_apply(
     if chosen is not None:
         for line in load_lines(str(out), chosen.kind, tier(lean)):
             screen.print(f"    {line}", markup=False, soft_wrap=True)
+
+
+def run_export(model: str, to: str, out: Path, **options: Any) -> None:
+    """Export, then say what was proved and what it costs there."""
+    from leanformers.cli import tables
+    from leanformers.deploy import export
+    from leanformers.measure.environment import describe
+
+    silence_transformers()
+    done = export(model, to, out, **options)
+    screen = console()
+    if done.measurement is not None:
+        screen.print(tables.measurement(done.measurement, done.source, to, "torch"))
+    proof = done.proof
+    screen.print(
+        f"Proved in a fresh process on {proof.cases} batches: outputs differ by at most {proof.difference:.1e} of "
+        f"their scale.\n{out} holds the export and its record, leanformers.json.",
+        markup=False,
+        soft_wrap=True,
+    )
+    screen.print(describe(), style="dim", markup=False)
 
 
 def run_measure(

@@ -70,4 +70,4 @@ class Commands(TyperGroup):
             if message is None:
                 raise
             complain(message)
-            raise typer.Exit(BAD_INPUT) from None
+            raise typer.Exit(getattr(error, "exit_code", BAD_INPUT)) from None

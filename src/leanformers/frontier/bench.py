@@ -72,7 +72,7 @@ class Workbench:
 
     budget: what an estimate may train. validation: rows on which recipes are compared while the search goes;
     test: rows of the last measurement, None for all. tune: steps that make the baseline of the loaded model,
-    None to fine-tune only where the head is new.
+    None to fine-tune only where the head is new. runtimes: in which the last measurement also runs every model.
     """
 
     quick_seconds = 1.5  # of timing, for an estimate
@@ -95,9 +95,10 @@ class Workbench:
         runtime: str,
         device: Any,
         progress: bool,
+        runtimes: Sequence[str] = (),
         trust_remote_code: bool = False,
     ) -> None:
-        self.trust = trust_remote_code
+        self.trust, self.runtimes = trust_remote_code, tuple(runtimes)
         self.folder, self.source, self.task, self.infos = folder, model, task, infos
         self.recipe, self.given_tokenizer, self.tune = recipe, tokenizer, tune
         self.budget, self.validation, self.test = budget, validation, test
@@ -263,8 +264,13 @@ class Workbench:
 
     # -- the last measurement ------------------------------------------------------------------------------
     def compare(self, names: Sequence[str]) -> dict[str, Any]:
-        """Measure the baseline and these finals on the test rows, timed interleaved: name -> Measurement."""
+        """Measure the baseline and these finals on the test rows, timed interleaved: name -> Measurement.
+
+        Each stands there once more per further runtime, as name@runtime; one that cannot be exported is left out,
+        with its reason in exports/.
+        """
         from leanformers.measure import compare
+        from leanformers.training.progress import bar
 
         models: dict[str, Any] = {BASELINE: (self.model, self.tokenizer)}
         places: dict[str, Any] = {BASELINE: self.folder / BASELINE}
@@ -272,11 +278,57 @@ class Workbench:
             places[name] = self.folder / "finals" / name
             model, tokenizer = self._load(places[name])
             models[name] = (model.to(self.device), tokenizer)
+        runtimes = dict.fromkeys(models, self.timing["runtime"])
+        wanted = [(name, runtime) for name in models for runtime in self.runtimes]
+        with bar(self.progress, "Exporting", len(wanted)) as advance:
+            for name, runtime in wanted:
+                advance(1, f"{name} for {runtime}")
+                found = deployed(self.folder, name, runtime, models[name], self.task)
+                if found is not None:
+                    key = f"{name}@{runtime}"
+                    models[key], places[key], runtimes[key] = (
+                        (found, models[name][1]),
+                        exported(self.folder, key),
+                        runtime,
+                    )
         try:
-            return compare(models, self.task, folders=places, limit=self.test, seconds=self.last_seconds, **self.timing)
+            timing = {**self.timing, "runtime": runtimes}
+            return compare(models, self.task, folders=places, limit=self.test, seconds=self.last_seconds, **timing)
         finally:
             models.clear()
             _free()
+
+
+def exported(folder: Path, key: str) -> Path:
+    """Where the export of name@runtime lies."""
+    return folder / "exports" / key
+
+
+def not_exported(folder: Path) -> dict[str, str]:
+    """name@runtime -> why it could not be exported, of a run."""
+    failed = sorted((folder / "exports").glob("*.failed.json"))
+    return {path.name.removesuffix(".failed.json"): json.loads(path.read_text())["reason"] for path in failed}
+
+
+def deployed(folder: Path, name: str, runtime: str, source: tuple[Any, Any], task: Any) -> Any:
+    """A Prepared of a model in another runtime, exported and proved once; None where that fails."""
+    from leanformers.deploy import DEPLOYED, export, target
+
+    place = exported(folder, f"{name}@{runtime}")
+    failure = place.with_name(f"{place.name}.failed.json")
+    if failure.is_file():
+        return None
+    to, quantize = DEPLOYED[runtime]
+    with FileLock(folder / "locks" / f"export-{place.name}.lock"):
+        try:
+            if not place.is_dir():
+                export(source, to, place, task=task, quantize=quantize, measure=False)
+            return target(to).prepare(place, source[0], task, quantize)
+        except LeanError as error:
+            if folders.disk_full(error):
+                raise
+            folders.write_json(failure, {"reason": str(error)})
+            return None
 
 
 def check_steps(tune: Any) -> Steps | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 _ROWS = {
@@ -14,8 +15,15 @@ _ROWS = {
 }
 
 
-def model_card(point: Any, task: Mapping[str, Any], lines: list[str]) -> str:
-    """Markdown with the front matter that model hubs read; `lines`: Python that loads the point."""
+def model_card(
+    point: Any, task: Mapping[str, Any], lines: list[str], others: Sequence[Any] = (), licence: str | None = None
+) -> str:
+    """Markdown with the front matter that model hubs read.
+
+    lines: Python that loads the point. others: the same recipe in other runtimes. licence: of the base model.
+    """
+    from leanformers.measure.environment import describe
+
     recipe, measured = point.recipe, point.measurement
     steps = recipe.to_yaml().strip()
     base = recipe.model or ""
@@ -27,8 +35,10 @@ def model_card(point: Any, task: Mapping[str, Any], lines: list[str]) -> str:
     needs = {
         "stock": "A stock checkpoint: transformers alone loads it.",
         "lean": "A lean checkpoint: it loads after `import leanformers`, and refuses to load without.",
+        "runtime": f"An export for the runtime {measured.runtime}, which runs it without leanformers.",
     }.get(point.tier or "", "")
     front = f"base_model: {base}\n" if base and "/" in base and not base.startswith((".", "/")) else ""
+    front += f"license: {licence}\n" if licence else ""
     load = "\n".join(lines)
     return f"""---
 library_name: transformers
@@ -43,8 +53,9 @@ Made by leanformers from `{base}` for the task *{task.get("name", "")}* ({task.g
 |---|---|---|
 {rows}
 
-Quality is {task.get("metric", "the task's metric")} on the test split. The machine is in `environment.json`.
-
+Quality is {task.get("metric", "the task's metric")} on the test split; latency is of the runtime {measured.runtime}, on
+{describe()}.
+{_runtimes(others)}
 ```python
 {load}
 ```
@@ -55,6 +66,38 @@ The recipe, which makes it again (`leanformers apply recipe.yaml --out DIR`):
 {steps}
 ```
 """
+
+
+def licence_of(base: str | None) -> str | None:
+    """The licence that the card of a base model's folder states in its front matter; None where it states none."""
+    import yaml
+
+    from leanformers.tasks.checkpoints import MODELS, checkpoint
+
+    if not base:
+        return None
+    card = (checkpoint(base) if base in MODELS else Path(base).expanduser()) / "README.md"
+    if not card.is_file():
+        return None
+    parts = card.read_text("utf-8", errors="replace").split("---")
+    try:
+        front = yaml.safe_load(parts[1]) if len(parts) > 2 and not parts[0].strip() else None
+    except yaml.YAMLError:
+        return None
+    found = front.get("license") if isinstance(front, dict) else None
+    return found if isinstance(found, str) and found.isprintable() else None
+
+
+def _runtimes(points: Sequence[Any]) -> str:
+    """The same recipe in other runtimes, as a table."""
+    if not points:
+        return ""
+    lines = ["", "| runtime | quality | latency, s per batch | to the baseline | bytes |", "|---|---|---|---|---|"]
+    for point in points:
+        measured = point.measurement
+        cells = (measured.quality, measured.latency, point.ratios.get("latency"), measured.bytes)
+        lines.append(f"| {measured.runtime} | " + " | ".join(map(_number, cells)) + " |")
+    return "\n".join([*lines, ""])
 
 
 def _number(value: Any) -> str:

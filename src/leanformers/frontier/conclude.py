@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from leanformers import folders
-from leanformers.frontier.bench import BASELINE, RESULT, Bench, Result
-from leanformers.frontier.card import model_card
+from leanformers.frontier.bench import BASELINE, RESULT, Bench, Result, exported
+from leanformers.frontier.card import licence_of, model_card
 from leanformers.frontier.goals import Goal
 from leanformers.frontier.pareto import dominates, non_dominated, spread
 from leanformers.frontier.result import Frontier, Point, minimised
@@ -54,6 +54,11 @@ def points_of(search: Search, bench: Bench, recipe: Recipe, baseline: Measuremen
         tier=_tier_of(search.folder / BASELINE),
     )
     found = [_measured_point(search, recipe, name, saved[name], known[name], compared) for name in names]
+    found += [
+        _deployed_point(search, name, measured, compared[BASELINE], found, first)
+        for name, measured in compared.items()
+        if "@" in name
+    ]
     # What only the validation rows know is not ranked beside what the test rows know.
     aside = [] if len(compared) == 1 else [point for point in found if point.name not in compared]
     found = _ranked([point for point in found if point not in aside], first, search.objectives)
@@ -93,6 +98,24 @@ def _measured_point(
         tier=result.tier,
         meets=meets(search.goals, measured, ratios),
         seconds=result.seconds,
+    )
+
+
+def _deployed_point(
+    search: Search, key: str, measured: Measurement, baseline: Measurement, points: Sequence[Point], first: Point
+) -> Point:
+    """A point, or the baseline, as it runs in another runtime: its own folder and figures, the same recipe."""
+    source = next(point for point in (first, *points) if point.name == key.partition("@")[0])
+    ratios = measured.ratios(baseline)
+    return replace(
+        source,
+        name=key,
+        status="dominated",
+        measurement=measured,
+        ratios=ratios,
+        folder=exported(search.folder, key),
+        tier="runtime",
+        meets=meets(search.goals, measured, ratios),
     )
 
 
@@ -152,19 +175,31 @@ def meets(goals: Sequence[Goal], measured: Measurement, ratios: Mapping[str, flo
     return all(goal.met(measured.to_json(), ratios) for goal in goals) if goals else None
 
 
-def write_points(folder: Path, points: Sequence[Point], task: Mapping[str, Any]) -> list[Point]:
+def _siblings(point: Point, points: Sequence[Point]) -> list[Point]:
+    """The same recipe in other runtimes."""
+    mine = point.name.partition("@")[0]
+    return [p for p in points if p is not point and p.name.partition("@")[0] == mine and p.measurement is not None]
+
+
+def write_points(
+    folder: Path, points: Sequence[Point], task: Mapping[str, Any], everyone: Sequence[Point] | None = None
+) -> list[Point]:
     """Put the frontier's checkpoints into `points/`, whole or not at all, and take others out of it.
 
-    The files are hard links to those in `finals/` where the file system has them.
+    The files are hard links to those in `finals/` where the file system has them. everyone: all that was tried, for
+    the cards, which show a recipe's other runtimes.
     """
     from leanformers.report.snippets import load_lines
 
     place = folder / "points"
     place.mkdir(parents=True, exist_ok=True)
     written = []
+    everyone = list(points) if everyone is None else everyone
+    licence = licence_of(str(points[0].recipe.model)) if points and points[0].recipe else None
     for point in points:
         target = place / point.name
-        assert point.folder is not None and point.measurement is not None
+        measured = point.measurement
+        assert point.folder is not None and measured is not None
         with folders.whole(target) as partial:
             shutil.copytree(
                 point.folder,
@@ -173,10 +208,12 @@ def write_points(folder: Path, points: Sequence[Point], task: Mapping[str, Any])
                 copy_function=_link,
                 dirs_exist_ok=True,
             )
-            folders.write_json(partial / "measurement.json", point.measurement.to_json())
+            folders.write_json(partial / "measurement.json", measured.to_json())
             point = replace(point, folder=target)
-            lines = load_lines(str(target), str(task.get("kind", "")), point.tier)
-            folders.write_text(partial / "README.md", model_card(point, task, lines))
+            lines = load_lines(str(target), str(task.get("kind", "")), point.tier, measured.runtime)
+            folders.write_text(
+                partial / "README.md", model_card(point, task, lines, _siblings(point, everyone), licence)
+            )
         written.append(point)
     for entry in place.iterdir():
         if entry.name not in {point.name for point in points}:

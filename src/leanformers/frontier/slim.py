@@ -15,7 +15,7 @@ from filelock import FileLock
 from leanformers import folders
 from leanformers.errors import LeanError
 from leanformers.execute import task_of
-from leanformers.frontier.bench import BASELINE, Workbench, check_steps
+from leanformers.frontier.bench import BASELINE, Workbench, check_steps, not_exported
 from leanformers.frontier.conclude import points_of, reference_points, write, write_points
 from leanformers.frontier.goals import Goal, objectives, parse_all, relative
 from leanformers.frontier.result import FILE, Frontier
@@ -47,9 +47,10 @@ def slim(
     validation: int | None = 512,
     test: int | None = None,
     batch_size: int = 16,
-    runtime: str = "torch",
+    runtime: str | Sequence[str] = "auto",
     dtype: str = "auto",
     device: Any = None,
+    stock: bool = False,
     progress: bool = True,
     trust_remote_code: bool = False,
 ) -> Frontier:
@@ -73,9 +74,11 @@ def slim(
         tune: "auto" fine-tunes a model whose head is new; True always, False never, or settings of fine-tune.
         estimate: training examples of an estimate (0: none), or a Budget. validation: rows that estimates are
             compared on. test: rows of the last measurement, None for all.
-        batch_size, runtime: of the timing. dtype: of the weights as loaded, "auto" being the checkpoint's
-        own.
-        device: None takes CUDA where there is one.
+        batch_size: of the timing. runtime: where the points are measured in the end: "torch", other names of
+            `leanformers.runtimes`, "auto" for torch and what else is installed that needs no compiler, "all" for
+            everything here. A point in another runtime is an exported folder.
+        dtype: of the weights as loaded, "auto" being the checkpoint's own.
+        device: None takes CUDA where there is one. stock: keep to models that transformers loads alone.
         progress: say on stderr what happens.
 
     Raises:
@@ -93,7 +96,7 @@ def slim(
     if dtype not in DTYPES:
         raise LeanError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
     infos = _chosen(methods)
-    _check_runtime(runtime)
+    first, others = runtimes_of(runtime, the_task)
     recipe = Recipe(model=name_of(model), task=spec_of(task), dtype=dtype, seed=seed)
     folder = Path(out) if out is not None else Path("runs") / _default_name(recipe, the_task)
     say = _teller(progress)
@@ -111,7 +114,8 @@ def slim(
             validation=validation,
             test=test,
             batch_size=batch_size,
-            runtime=runtime,
+            runtime=first,
+            runtimes=others,
             device=device if device is not None else _device(),
             progress=progress,
             trust_remote_code=trust_remote_code,
@@ -121,7 +125,7 @@ def slim(
         baseline = bench.baseline()
         say(f"baseline: {the_task.metric} {baseline.quality:.4g}, {baseline.parameters:,} parameters")
         references = reference_points(folder, the_task, baseline, test, seed)
-        chosen, skipped = suited(infos, bench, explicit=methods is not None)
+        chosen, skipped = suited(infos, bench, explicit=methods is not None, stock=stock)
         space = Space(list(chosen.values()))
         asked = [relative(goal, baseline.quality, the_task.better) for goal in wanted]
         search = Search(folder, bench, space, asked, objectives(asked), effort, seed=seed, say=say)
@@ -155,7 +159,7 @@ def _conclude(
     task = {"name": bench.task.name, "kind": bench.task.kind, "better": bench.task.better, **task}
     with FileLock(folder / "locks" / "conclude.lock"):
         first, tried = points_of(search, bench, bench.recipe, baseline)
-        winners = write_points(folder, [point for point in tried if point.status == "frontier"], task)
+        winners = write_points(folder, [point for point in tried if point.status == "frontier"], task, tried)
         before = json.loads((folder / FILE).read_text()) if (folder / FILE).is_file() else {}
         frontier = Frontier(
             folder=folder,
@@ -167,7 +171,7 @@ def _conclude(
             references=tuple(references),
             points=tuple(winners),
             trials=tuple(point for point in tried if point.status != "frontier"),
-            skipped=skipped,
+            skipped={**skipped, **not_exported(folder)},
             status=status,
             seed=bench.recipe.seed,
             seconds=time.monotonic() - start + float(before.get("seconds") or 0.0),
@@ -233,7 +237,7 @@ def _chosen(names: Sequence[str] | None) -> dict[str, MethodInfo]:
 
 
 def suited(
-    infos: Mapping[str, MethodInfo], bench: Workbench, *, explicit: bool
+    infos: Mapping[str, MethodInfo], bench: Workbench, *, explicit: bool, stock: bool = False
 ) -> tuple[dict[str, MethodInfo], dict[str, str]]:
     """Methods that suit the baseline and the task, and why the others do not.
 
@@ -244,20 +248,22 @@ def suited(
 
     anatomy = Anatomy.of(bench.model)
     subject = Subject(model=bench.model, tokenizer=bench.tokenizer, task=bench.task, teacher=bench.teacher)
-    suited, skipped = {}, {}
+    found, skipped = {}, {}
     for slug, info in infos.items():
         reason = info.missing(subject) or info.unsuitable(anatomy, bench.task)
+        if reason is None and stock and not info.stock:
+            reason = f"method '{slug}' leaves a model that transformers cannot load alone, and --stock asks for one"
         if reason is None and not explicit and info.stage != "prepare" and not info.starts():
             reason = f"method '{slug}' offers a search nothing to start with; name it to have it tried"
         if reason is None:
-            suited[slug] = info
+            found[slug] = info
         elif explicit and info.stage != "prepare":
             raise LeanError(reason)
         else:
             skipped[slug] = reason
-    if not any(info.stage != "prepare" for info in suited.values()):
+    if not any(info.stage != "prepare" for info in found.values()):
         raise LeanError("no method suits this model and task: " + "; ".join(skipped.values()))
-    return suited, skipped
+    return found, skipped
 
 
 def _effort(trials: int, finalists: int, points: int, minutes: float | None) -> Effort:
@@ -277,10 +283,23 @@ def _count(name: str, value: Any, least: int) -> int:
     return value
 
 
-def _check_runtime(name: str) -> None:
-    from leanformers.runtimes import check
+def runtimes_of(wanted: str | Sequence[str], task: Any) -> tuple[str, list[str]]:
+    """What `runtime=` means for a task: where the search itself measures, and where its points are tried besides.
 
-    check(name)
+    Raises:
+        LeanError: an unknown runtime, or one that is not installed.
+    """
+    from leanformers.deploy import DEPLOYED
+    from leanformers.runtimes import available, check
+
+    if wanted in ("auto", "all"):
+        here = [name for name in available() if name in DEPLOYED and (wanted == "all" or name != "torch-aot")]
+        return "torch", [name for name in here if name.startswith("llama.cpp") <= (task.kind == "causal-lm")]
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    for name in names:
+        check(name)
+    first = next((name for name in names if name not in DEPLOYED), "torch")
+    return first, [name for name in names if name in DEPLOYED]
 
 
 def _device() -> str:

@@ -86,7 +86,16 @@ class FolderBytes:
 
 
 # The weights are those of the first format that is there: a hub folder often holds several.
-_FORMATS = ((".safetensors",), (".bin",), (".pt", ".pth"), (".gguf",), (".onnx", ".onnx_data"), (".h5",))
+_FORMATS = (
+    (".safetensors",),
+    (".bin", ".xml"),
+    (".pt", ".pth"),
+    (".gguf",),
+    (".onnx", ".onnx_data", ".onnx.data"),
+    (".pt2",),
+    (".h5",),
+)
+_EXPORTS = ("onnx", "openvino")  # where an encoder's graph lies
 _TRAINER = ("optimizer", "scheduler", "training_args", "rng_state", "scaler")
 _TOKENIZER = (
     "tokenizer",
@@ -118,7 +127,9 @@ def bytes_on_disk(folder: str | Path) -> FolderBytes:
         *folders, name = path.relative_to(root).parts
         if not path.is_file() or any(f.startswith(("checkpoint-", ".")) for f in folders):
             continue
-        if all(f[:1].isdigit() and "_" in f for f in folders) and not name.startswith(_TRAINER):
+        if (
+            folders in ([e] for e in _EXPORTS) or all(f[:1].isdigit() and "_" in f for f in folders)
+        ) and not name.startswith(_TRAINER):
             own["/".join((*folders, name))] = path.stat().st_size
         else:
             other += path.stat().st_size

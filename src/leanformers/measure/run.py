@@ -178,7 +178,8 @@ def _measure(
         timings, used = _time(subjects, real, seconds)
         for name in wanted:
             results[name] |= _timing(timings[name], batch_size, paired=len(subjects) > 1)
-            results[name]["peak_memory"] = _peak(subjects[name], used[name])
+            if subjects[name].ready.name.startswith("torch"):  # what torch allocates says nothing of other runtimes
+                results[name]["peak_memory"] = _peak(subjects[name], used[name])
     if generate:
         rates = _decode(subjects, real, wanted, generate, seconds)
         for name, rate in rates.items():
@@ -199,6 +200,8 @@ def _static(subject: Subject) -> dict[str, Any]:
     if subject.prepared is not None:
         found |= {"runtime": subject.prepared.name, "device": str(subject.prepared.device)}
         found["dtype"] = subject.prepared.details.get("dtype")
+        if not subject.prepared.name.startswith("torch"):
+            found["memory"] = found["bytes"]  # the torch model behind it is not what is held
     return found | {"threads": torch.get_num_threads()}
 
 

@@ -94,6 +94,7 @@ class MethodInfo:
     needs: tuple[str, ...]
     suits: Mapping[str, Any]
     doc: str
+    stock: bool = True
 
     @property
     def settings(self) -> tuple[Setting, ...]:
@@ -186,12 +187,14 @@ def method(
     suits: Mapping[str, Any] | None = None,
     paper: str = "",
     title: str = "",
+    stock: bool = True,
 ) -> Callable[[_Class], _Class]:
     """Register a frozen dataclass of settings as a method.
 
     stage: one of STAGES; order: place within the stage, low first. trains: whether it calls `subject.train`.
     needs: of NEEDS, checked before any work. suits: {"kinds": task kinds, "families": model types}, an absent
-    key meaning all. title: a few words, by default the first line of the docstring.
+    key meaning all. title: a few words, by default the first line of the docstring. stock: whether a stock model
+    stays one, which transformers loads alone.
     """
     if stage not in STAGES:
         raise ValueError(f"@method({slug!r}): stage {stage!r} is not one of {', '.join(STAGES)}")
@@ -216,6 +219,7 @@ def method(
             needs=tuple(needs),
             suits=dict(suits or {}),
             doc=doc,
+            stock=stock,
         )
         _registry[slug] = info
         cls.slug, cls.info = slug, info  # type: ignore[attr-defined]

@@ -12,11 +12,13 @@ TIERS = {
 """What each tier asks of the one who loads a point."""
 
 
-def load_lines(folder: str, kind: str, tier: str | None = "lean") -> list[str]:
+def load_lines(folder: str, kind: str, tier: str | None = "lean", runtime: str | None = None) -> list[str]:
     """Two lines of Python that load the checkpoint in `folder` and use it on a sentence.
 
-    kind: the task's. A stock checkpoint is loaded without importing leanformers.
+    kind: the task's. A stock checkpoint is loaded without importing leanformers, an exported folder by its runtime.
     """
+    if tier == "runtime":
+        return _exported(folder, runtime or "")
     imports = "import " if tier == "stock" else "import leanformers, "
     if kind == "embedding":
         return [
@@ -37,4 +39,21 @@ def load_lines(folder: str, kind: str, tier: str | None = "lean") -> list[str]:
     return [
         f"{imports}transformers",
         f"print(transformers.pipeline('text-classification', {folder!r}{options})({SENTENCE!r}))",
+    ]
+
+
+def _exported(folder: str, runtime: str) -> list[str]:
+    if runtime.startswith("llama.cpp"):
+        path = f"{folder}/model.gguf"
+        return ["import llama_cpp", f"print(llama_cpp.Llama({path!r}, verbose=False)('Return the', max_tokens=20))"]
+    tokens = f"transformers.AutoTokenizer.from_pretrained({folder!r})({SENTENCE!r}, return_tensors='pt')"
+    if runtime == "torch-aot":
+        path = f"{folder}/model.pt2"
+        return [
+            "import torch._inductor, transformers.modeling_outputs",
+            f"print(torch._inductor.aoti_load_package({path!r})(**{tokens}))",
+        ]
+    return [
+        "import transformers, transformers.exporters",
+        f"print(transformers.exporters.ExportedModel.from_pretrained({folder!r})(**{tokens}))",
     ]

@@ -149,6 +149,7 @@ def row(data: Mapping[str, Any], point: Point, folder: Path | None = None) -> di
     if place and folder is not None and not Path(place).is_absolute():
         place = str(folder / place)
     tier = point.get("tier")
+    runtime = (point.get("measurement") or {}).get("runtime")
     return {
         "name": str(point["name"]),
         "letter": letters(data).get(str(point["name"]), ""),
@@ -158,9 +159,10 @@ def row(data: Mapping[str, Any], point: Point, folder: Path | None = None) -> di
         "steps": step_texts(point),
         "cells": {key: written(key, point) for key in QUANTITIES},
         "tier": tier,
+        "loads_with": runtime if tier == "runtime" else tier,
         "tier_text": TIERS.get(tier or "", ""),
         "folder": place,
-        "lines": load_lines(place, data.get("task", {}).get("kind", ""), tier) if place else [],
+        "lines": load_lines(place, data.get("task", {}).get("kind", ""), tier, runtime) if place else [],
         "reason": reason(data, point),
         "meets": point.get("meets"),
         "best": point.get("name") == data.get("best") and data.get("best") is not None,
@@ -187,6 +189,7 @@ def plot_data(data: Mapping[str, Any]) -> dict[str, Any]:
                 "note": STATUS.get(point.get("status", ""), ""),
                 "best": point.get("name") == data.get("best"),
                 "tier": point.get("tier") or "",
+                "runtime": measured.get("runtime") or "",
                 "values": values,
                 "texts": {key: list(written(key, point)) for key in keys},
                 "steps": [list(step) for step in step_texts(point)],
@@ -209,7 +212,8 @@ def headline(data: Mapping[str, Any]) -> str:
     """In a sentence or two: how much was tried, and what came of it."""
     points = data.get("points", ())
     winners = [point for point in points if point.get("status") == "frontier"]
-    tried = f"{len(points)} recipe{'s' if len(points) != 1 else ''} tried"
+    recipes = sum(point.get("tier") != "runtime" for point in points)  # the others are the same in another runtime
+    tried = f"{recipes} recipe{'s' if recipes != 1 else ''} tried"
     if data.get("seconds"):
         tried += f" in {seconds(data['seconds'])}"
     told = f"{tried}; none beats the model as it is."

@@ -16,9 +16,13 @@ from leanformers.runtimes.base import (
 )
 from leanformers.runtimes.torch import device_of
 
-# isort: split
+# isort: off
 # Each file registers itself; the order is the order of `available()`.
 from leanformers.runtimes import compile as _compile  # noqa: F401
+from leanformers.runtimes import aot as _aot  # noqa: F401
+from leanformers.runtimes import onnxruntime as _onnxruntime  # noqa: F401
+from leanformers.runtimes import openvino as _openvino  # noqa: F401
+from leanformers.runtimes import llama_cpp as _llama_cpp  # noqa: F401
 
 __all__ = [
     "Batch",

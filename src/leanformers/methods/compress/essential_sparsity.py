@@ -23,7 +23,7 @@ from leanformers.parts.masked import parse_pattern
 from leanformers.surgery import MaskWeights
 
 
-@method("essential-sparsity", stage="structure", order=30, paper="Jaiswal et al. (2023)")
+@method("essential-sparsity", stock=False, stage="structure", order=30, paper="Jaiswal et al. (2023)")
 @dataclass(frozen=True, kw_only=True)
 class EssentialSparsity:
     """Mask the smallest weights of the layers' linears."""

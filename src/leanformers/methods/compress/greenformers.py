@@ -27,7 +27,7 @@ from leanformers.surgery import FactoriseLinear
 Factors = tuple[torch.Tensor, torch.Tensor]
 
 
-@method("greenformers", stage="structure", order=20, paper="Cahyawijaya (2021)")
+@method("greenformers", stock=False, stage="structure", order=20, paper="Cahyawijaya (2021)")
 @dataclass(frozen=True, kw_only=True)
 class Greenformers:
     """Factorise the linears of the layers."""

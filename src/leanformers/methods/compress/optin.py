@@ -33,7 +33,7 @@ _BRIEF = {"samples": 16, "tokens": 512, "rows": 256, "neuron_group": 128}
 """For a search: scoring then takes about as long as the short training of an estimate."""
 
 
-@method("optin", stage="structure", order=10, needs=("calibration",), paper="Khaki, Plataniotis (2024)")
+@method("optin", stock=False, stage="structure", order=10, needs=("calibration",), paper="Khaki, Plataniotis (2024)")
 @dataclass(frozen=True, kw_only=True)
 class Optin:
     """Keep the heads and neurons whose loss would travel furthest."""

@@ -7,6 +7,10 @@
   const pick = { x: byId("axis-x"), y: byId("axis-y") };
   const show = { dominated: byId("show-dominated"), estimated: byId("show-estimated") };
 
+  const runtimes = [...new Set(points.filter((p) => p.status !== "reference" && p.runtime).map((p) => p.runtime))];
+  const series = byId("by-runtime");
+  const colour = (p) => `series series-${runtimes.indexOf(p.runtime) % 6}`;
+
   // ---- numbers as a person writes them -------------------------------------------------------------------------
   const plain = (value, digits = 3) => {
     if (value === 0) return "0";
@@ -135,14 +139,17 @@
       }
     }
 
-    const stairs = staircase(listed.filter((p) => p.status === "frontier" || p.status === "baseline"), x, y);
-    if (stairs.length) {
-      const worseX = byKey[x].better === "higher" ? box.left : box.right;
-      const worseY = byKey[y].better === "higher" ? box.bottom : box.top;
+    const worseX = byKey[x].better === "higher" ? box.left : box.right;
+    const worseY = byKey[y].better === "higher" ? box.bottom : box.top;
+    const shown = listed.filter((p) => ["frontier", "baseline", ...(series.checked ? ["dominated"] : [])].includes(p.status));
+    const groups = series.checked ? runtimes.map((name) => shown.filter((p) => p.runtime === name)) : [shown];
+    for (const group of groups) {
+      const stairs = staircase(group, x, y);
+      if (!stairs.length) continue;
       const corners = stairs.map((p) => [px(p.values[x]), py(p.values[y])]);
       const steps = corners.map(([cx, cy], i) => (i ? `H${cx}V${cy}` : `M${cx} ${cy}`)).join("") + `H${worseX}`;
-      node.append(svg("path", { class: "area", d: `${steps}V${worseY}H${corners[0][0]}Z` }));
-      node.append(svg("path", { class: "line", d: steps }));
+      if (!series.checked) node.append(svg("path", { class: "area", d: `${steps}V${worseY}H${corners[0][0]}Z` }));
+      node.append(svg("path", { class: series.checked ? `line ${colour(group[0])}` : "line", d: steps }));
     }
     for (const [gx, gy, anchor, text] of goalTexts) node.append(svg("text", { class: "goal-text", x: gx, y: gy, "text-anchor": anchor }, text));
 
@@ -160,7 +167,7 @@
     for (const p of drawn) {
       const cx = px(p.values[x]), cy = py(p.values[y]);
       outside += p.values[x] > x1 || p.values[x] < x0 || p.values[y] > y1 || p.values[y] < y0;
-      const group = svg("g", { class: "point", tabindex: MAIN.includes(p.status) ? 0 : -1, role: "button", "aria-label": describe(p) });
+      const group = svg("g", { class: series.checked && p.runtime ? `point ${colour(p)}` : "point", tabindex: MAIN.includes(p.status) ? 0 : -1, role: "button", "aria-label": describe(p) });
       group.append(svg("circle", { class: "hit", cx, cy, r: 13 }));
       if (p.best) group.append(svg("circle", { class: "ring", cx, cy, r: 11 }));
       group.append((shapes[p.status] || shapes.dominated)(cx, cy));
@@ -221,7 +228,7 @@
       table.append(line);
     }
     const head = p.status === "frontier" ? `${p.label} · ${p.title}` : p.title;
-    tip.replaceChildren(html("h3", "", head), html("p", "note", [p.best ? "best for the goals" : p.note, p.tier].filter(Boolean).join(" · ")), table);
+    tip.replaceChildren(html("h3", "", head), html("p", "note", [p.best ? "best for the goals" : p.note, p.tier === "runtime" ? "" : p.tier, runtimes.length > 1 ? p.runtime : ""].filter(Boolean).join(" · ")), table);
     if (p.steps.length) {
       const list = html("ol");
       for (const [method, settings] of p.steps) {
@@ -264,6 +271,14 @@
     box.addEventListener("change", draw);
     if (!points.some((p) => p.status === status)) box.parentElement.hidden = true;
   }
+  const legend = byId("runtimes");
+  for (const name of runtimes) {
+    const entry = html("span", colour({ runtime: name }));
+    entry.append(html("i"), name);
+    legend.append(entry);
+  }
+  series.parentElement.hidden = runtimes.length < 2;
+  series.addEventListener("change", () => { legend.hidden = !series.checked; draw(); });
   document.addEventListener("click", () => { const on = plot.querySelector(".point.on"); if (on) close(on); });
   document.addEventListener("keydown", (e) => { if (e.key === "Escape") { const on = plot.querySelector(".point.on"); if (on) close(on); } });
   document.querySelectorAll('a[href^="#"]').forEach((link) => link.addEventListener("click", () => {

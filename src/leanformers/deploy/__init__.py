@@ -1,0 +1,7 @@
+"""Lean models where they are served: `export` writes a model for a runtime, proves the folder and measures it."""
+
+from leanformers.deploy.exporting import Exported, export
+from leanformers.deploy.stock import check_stock, obstacles
+from leanformers.deploy.targets import DEPLOYED, TARGETS, Target, target
+
+__all__ = ["DEPLOYED", "TARGETS", "Exported", "Target", "check_stock", "export", "obstacles", "target"]

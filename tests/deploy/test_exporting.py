@@ -1,0 +1,149 @@
+"""Exports: each target answers as its source in a fresh process, and what cannot be proved leaves nothing behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from subjects import decoder, encoder
+
+import leanformers as lean
+from leanformers.deploy import TARGETS, check_stock, obstacles
+from leanformers.deploy.proof import ProofError
+from leanformers.errors import LeanError
+from leanformers.runtimes import runtimes
+from leanformers.surgery import DropLayers, FactoriseLinear, KeepNeurons, MaskWeights
+
+
+def lean_encoder():
+    """An encoder of two layers of different widths, one linear of low rank."""
+    subject = encoder()
+    lean.edit(subject.model, DropLayers(keep=(0, 2)))
+    lean.edit(subject.model, KeepNeurons(path="encoder.layer.1", size=40), keep=torch.arange(40))
+    lean.edit(subject.model, FactoriseLinear(path="encoder.layer.0.attention.self.query", rank=6))
+    return subject
+
+
+def exported(subject, to, out, **options):
+    return lean.export(subject.model, to, out, task=subject.task, tokenizer=subject.tokenizer, **options)
+
+
+@pytest.mark.parametrize(("to", "quantize"), [("onnx", None), ("onnx", "int8"), ("openvino", None), ("torch", None)])
+def test_a_lean_encoder_is_exported_proved_and_measured(to, quantize, tmp_path):
+    refusal = runtimes()[TARGETS[to].runtime].refusal()
+    if refusal:
+        pytest.skip(refusal)
+    done = exported(lean_encoder(), to, tmp_path / "out", quantize=quantize)
+    assert done.proof.cases == 4 and done.proof.difference <= 1e-3
+    assert done.measurement.runtime == TARGETS[to].runtime + ("-int8" if quantize else "")
+    assert {"latency", "quality", "bytes"} <= set(done.ratios)
+    assert quantize or done.ratios["quality"] == 1
+    record = json.loads((tmp_path / "out" / "leanformers.json").read_text())
+    assert record["target"] == to and record["measurement"]["bytes"] > 0
+    assert not [path for path in tmp_path.iterdir() if path.name != "out"]
+
+
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_a_lean_decoder_is_exported_with_its_cache(to, tmp_path):
+    refusal = runtimes()[TARGETS[to].runtime].refusal()
+    if refusal:
+        pytest.skip(refusal)
+    from leanformers.runtimes.generation import greedy
+    from leanformers.runtimes.saved import open_exported
+
+    subject = decoder()
+    lean.edit(subject.model, KeepNeurons(path="layers.1.mlp", size=40), keep=torch.arange(40))
+    done = exported(subject, to, tmp_path / "out")
+    assert done.proof.difference <= 1e-3 and done.ratios["quality"] == pytest.approx(1, abs=1e-4)
+    ids = torch.tensor([[5, 9, 11, 7]])
+    wanted = subject.model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    found = greedy(open_exported(tmp_path / "out"), ids, torch.ones_like(ids), 6)
+    assert found.tolist() == wanted[:, 4:].tolist()
+    with pytest.raises(LeanError, match="in floats alone: export to gguf"):
+        exported(subject, to, tmp_path / "int8", quantize="int8")
+    assert not (tmp_path / "int8").exists()
+
+
+def test_a_stock_model_needs_no_import(tmp_path):
+    subject = encoder()
+    lean.edit(subject.model, DropLayers(keep=(0, 2)))
+    done = exported(subject, "stock", tmp_path / "out", measure=False)
+    assert done.proof.difference == 0
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_what_is_not_stock_is_said_with_its_cost(tmp_path):
+    subject = lean_encoder()
+    with pytest.raises(LeanError) as refusal:
+        exported(subject, "stock", tmp_path / "out")
+    said = str(refusal.value)
+    # 24 neurons of 32 weights in and out
+    assert "layers 1 of the encoder have feed-forward widths 40 and others 64" in said and "+1,536" in said
+    assert "encoder.layer.0.attention.self.query is factorised" in said and f"{32 * 32 - 2 * 6 * 32:+,}" in said
+    assert not list(tmp_path.iterdir())
+    check_stock(encoder().model)
+
+
+def test_masks_are_named():
+    subject = decoder()
+    path = "layers.0.mlp.down_proj"
+    mask = torch.ones(32, 64, dtype=torch.bool)
+    mask[0] = False
+    lean.edit(subject.model, MaskWeights(path=path), mask=mask)
+    assert obstacles(subject.model) == [f"{path} is masked: with the zeros stored as weights they save no bytes"]
+
+
+def test_an_export_that_answers_otherwise_is_not_kept(tmp_path, monkeypatch):
+    def spoilt(model, tokenizer, task, folder, quantize):
+        with torch.no_grad():
+            model.classifier.bias[0] += 1
+        TARGETS_STOCK.write(model, tokenizer, task, folder, quantize)
+        with torch.no_grad():
+            model.classifier.bias[0] -= 1
+
+    TARGETS_STOCK = TARGETS["stock"]
+    monkeypatch.setitem(TARGETS, "stock", dataclasses.replace(TARGETS_STOCK, write=spoilt))
+    with pytest.raises(ProofError, match="does not answer as its source: on inputs of shape") as failure:
+        exported(encoder(), "stock", tmp_path / "out")
+    assert failure.value.exit_code == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_that_cannot_be_opened_is_not_kept(tmp_path, monkeypatch):
+    def broken(model, tokenizer, task, folder, quantize):
+        TARGETS_STOCK.write(model, tokenizer, task, folder, quantize)
+        (folder / "model.safetensors").write_bytes(b"")
+
+    TARGETS_STOCK = TARGETS["stock"]
+    monkeypatch.setitem(TARGETS, "stock", dataclasses.replace(TARGETS_STOCK, write=broken))
+    with pytest.raises(ProofError, match="cannot be opened in a fresh process"):
+        exported(encoder(), "stock", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"to": "coreml"}, "there is no export to 'coreml'; choose one of onnx, openvino, gguf, torch, stock"),
+        ({"to": "stock", "quantize": "int8"}, "an export to stock cannot be quantised as 'int8'; there is none"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_loaded(options, wanted, tmp_path):
+    with pytest.raises(LeanError) as refusal:
+        lean.export("no such model", out=tmp_path / "out", task="sentiment", **options)
+    assert str(refusal.value) == wanted
+
+
+def test_a_full_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(LeanError, match="exists and is not an empty place for an export"):
+        lean.export("no such model", "stock", tmp_path, task="sentiment")
+
+
+def test_an_export_wants_a_task(tmp_path):
+    subject = encoder()
+    with pytest.raises(LeanError, match="an export is proved on real inputs"):
+        lean.export(subject.model, "stock", tmp_path / "out", tokenizer=subject.tokenizer)

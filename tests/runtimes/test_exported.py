@@ -1,0 +1,293 @@
+"""Exported graphs answer as their models do, lean or not, at sizes other than those traced; what cannot be is said."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from exports import TOLERANCE, Forward, batch, distance, farthest, lean
+
+from families import TINY
+from leanformers.anatomy import Anatomy
+from leanformers.errors import LeanError
+from leanformers.runtimes import available, check, prepare
+from leanformers.runtimes import exported as exported_module
+from leanformers.runtimes.calling import StandIn, call_of, sample_of
+from leanformers.runtimes.exported import export_model, missing, trace
+from leanformers.runtimes.quantising import floats, unrounded
+from leanformers.surgery import DropLayers, KeepNeurons, QuantiseLinear, apply
+
+pytestmark = pytest.mark.skipif(missing("this", "dynamo") is not None, reason="needs transformers 5.23")
+onnx = pytest.mark.skipif("onnxruntime" not in available(), reason="needs leanformers[onnx]")
+openvino = pytest.mark.skipif("openvino" not in available(), reason="needs leanformers[openvino]")
+RUNTIMES = [pytest.param("onnxruntime", marks=onnx), pytest.param("openvino", marks=openvino)]
+
+
+def through_torch_export(model: Any) -> Any:
+    """The graph of torch.export as the call of a Prepared."""
+    call = call_of(Forward(), model, batch(model, 2, 7, True))
+    graph = trace(call, "dynamo").to("cpu").runners["model"]
+    return lambda one: Forward().forward(StandIn(graph, frozenset(one), model.config, torch.device("cpu")), one)
+
+
+# -- exactness -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "vit", "whisper"])
+def test_lean_models_through_torch_export(family):
+    """Every kind of edit in one model, int8 activations aside, which no graph rounds."""
+    model, made = lean(family)
+    assert len(made) >= (5 if family in ("vit", "whisper") else 7)
+    with unrounded(model):
+        assert farthest(through_torch_export(model), model) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("family", "runtime"),
+    [
+        pytest.param("bert", "onnxruntime", marks=onnx),
+        pytest.param("bert", "openvino", marks=openvino),
+        pytest.param("llama", "onnxruntime", marks=onnx),
+        pytest.param("llama", "openvino", marks=openvino),
+        pytest.param("t5", "openvino", marks=openvino),
+        pytest.param("whisper", "onnxruntime", marks=[onnx, pytest.mark.slow]),
+        pytest.param("vit", "openvino", marks=openvino),
+    ],
+)
+def test_lean_models_in_a_runtime(family, runtime):
+    model, _ = lean(family)
+    with unrounded(model):
+        assert farthest(prepare(model, Forward(), runtime), model) <= TOLERANCE
+
+
+@openvino
+def test_three_layers_of_three_widths():
+    model = TINY["bert"]()
+    for layer, width in zip(Anatomy.of(model).layers[1:], (40, 17), strict=True):
+        apply(model, KeepNeurons(path=layer.feed_forward.path, size=width), keep=torch.arange(width))
+    prepared = prepare(model, Forward(), "openvino")
+    assert farthest(prepared, model) <= TOLERANCE
+    assert prepared.describe() == f"openvino (cpu, dtype float32, threads {torch.get_num_threads()})"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("torch-aot" not in available(), reason="needs a C++ compiler")
+def test_an_ahead_of_time_package_agrees(capfd):
+    model, _ = lean("bert", kinds=("keep_heads", "keep_neurons"))
+    apply(model, DropLayers(keep=(1,)))
+    assert farthest(prepare(model, Forward(), "torch-aot"), model) <= TOLERANCE
+    assert capfd.readouterr() == ("", "")
+
+
+# -- what an export does to the model ----------------------------------------------------------------------------
+
+
+def test_the_model_stays_as_it_was():
+    model, _ = lean("llama")
+    model.train()
+    before, attributes = copy.deepcopy(model).eval(), set(vars(model))
+    one = batch(model, 2, 7, True)
+    exported = trace(call_of(Forward(), model, one), "dynamo")
+    assert set(vars(model)) == attributes and model.config.use_cache
+    assert model.config.quantization_config.edits  # the ledger is the model's still, and not the graph's
+    assert not hasattr(exported.config, "quantization_config")
+    assert exported.config.architectures == ["LlamaForCausalLM"]
+    with torch.no_grad():
+        assert torch.equal(Forward().forward(model.eval(), one), Forward().forward(before, one))
+    assert not any("stack_trace" in node.meta for node in exported.program.graph.nodes)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_training_the_model_further_leaves_the_graph_alone(runtime):
+    model = TINY["bert"](num_hidden_layers=1, hidden_size=256)
+    prepared, one = prepare(model, Forward(), runtime), batch(model, 2, 7, True)
+    before = prepared(one).clone()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    assert torch.equal(prepared(one), before)
+
+
+def test_a_sample_has_rows_and_columns_that_cannot_be_taken_for_constants():
+    model = TINY["bert"]()
+    sample = sample_of(call_of(Forward(), model, batch(model, 1, 1, False)))
+    rows, length = sample["input_ids"].shape
+    assert rows >= 2 and length >= 3 and rows != length
+
+
+# -- int8 --------------------------------------------------------------------------------------------------------
+
+
+class Calibrated(Forward):
+    """A task with training rows."""
+
+    name = "calibrated"
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def calibration(self, tokenizer: Any, samples: int, batch_size: int) -> Any:
+        return [batch(self.model, 1, 5 + i % 9, False) for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("onnxruntime-int8", marks=onnx), pytest.param("openvino-int8", marks=openvino)]
+)
+def test_int8_runs_and_is_close(name):
+    """A random model shows every rounding, so the outputs are close as a whole and not one by one."""
+    if name not in available():
+        pytest.skip(check_refusal(name))
+    model = TINY["bert"](hidden_size=128, intermediate_size=256)
+    one = batch(model, 32, 11, True)
+    expected = Forward().forward(model, one).detach()
+    given = {"tokenizer": object()} if name == "openvino-int8" else {}
+    prepared = check(name).build(model, Calibrated(model), **given)
+    found = prepared(one)
+    assert "int8" in prepared.describe() and distance(found, expected) > 1e-6
+    assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.95
+
+
+def test_linears_in_int8_are_handed_on_as_what_they_stand_for():
+    model = TINY["bert"]()
+    path = Anatomy.of(model).layers[0].feed_forward.down.path
+    apply(model, QuantiseLinear(path=path, scheme="int8_dynamic"))
+    part, one = model.base_model.get_submodule(path), batch(model, 2, 7, True)
+    with torch.no_grad():
+        rounded = Forward().forward(model, one)
+        with unrounded(model):
+            plain = Forward().forward(model, one)
+            assert part.scheme == "int8_weight_only"
+        with floats(model):
+            swapped = Forward().forward(model, one)
+            assert isinstance(model.base_model.get_submodule(path), torch.nn.Linear)
+    assert part.scheme == "int8_dynamic" and model.base_model.get_submodule(path) is part
+    torch.testing.assert_close(swapped, plain, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(rounded, plain)
+
+
+@openvino
+def test_int8_needs_training_rows():
+    model = TINY["bert"]()
+    with pytest.raises(LeanError, match="ranges of its activations from training rows, which this task does not give"):
+        prepare(model, Forward(), "openvino-int8")(batch(model, 2, 5, True))
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden", "sentence"),
+    [
+        (
+            "onnxruntime",
+            "onnxscript",
+            "the runtime 'onnxruntime' needs the packages onnx, onnxruntime and onnxscript: pip install "
+            "'leanformers[onnx]'",
+        ),
+        (
+            "openvino",
+            "openvino",
+            "the runtime 'openvino' needs the package openvino: pip install 'leanformers[openvino]'",
+        ),
+        ("openvino-int8", "nncf", "needs the packages openvino and nncf: pip install 'leanformers[openvino]'"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, name, hidden, sentence):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        exported_module.importlib.util, "find_spec", lambda wanted: None if wanted == hidden else find(wanted)
+    )
+    assert name not in available()
+    with pytest.raises(LeanError) as refusal:
+        prepare(TINY["bert"](), Forward(), name)
+    assert sentence in str(refusal.value)
+
+
+def test_an_old_transformers_is_told_to_be_upgraded(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_loader("transformers", loader=None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(exported_module.importlib.util, "find_spec", lambda name: spec)
+    for name in ("onnxruntime", "openvino", "torch-aot"):
+        assert "needs the exporters of transformers 5.23 or later: pip install --upgrade" in check_refusal(name)
+
+
+def check_refusal(name: str) -> str:
+    with pytest.raises(LeanError) as refusal:
+        check(name)
+    return str(refusal.value)
+
+
+def test_bad_requests_are_refused():
+    model = TINY["bert"]()
+    rows = [batch(model, 2, 5, True)]
+    with pytest.raises(LeanError, match="no export to 'abacus'; choose one of onnx, openvino, dynamo"):
+        export_model(model, Forward(), "abacus", calibration=rows)
+    with pytest.raises(LeanError, match="cannot be quantised as 'int8'; there is no quantisation"):
+        export_model(model, Forward(), "dynamo", calibration=rows, quantize="int8")
+    with pytest.raises(LeanError, match="no batch to trace the model with"):
+        export_model(model, Forward(), "dynamo", calibration=[])
+
+
+def test_a_batch_with_other_inputs_is_refused():
+    model = TINY["bert"]()
+    graph = through_torch_export(model)
+    with pytest.raises(LeanError, match="takes attention_mask, input_ids, and this batch has input_ids: tokenise"):
+        one = batch(model, 2, 5, True)
+        stand_in = StandIn(graph, frozenset(one), model.config, torch.device("cpu"))
+        stand_in(input_ids=one["input_ids"])
+
+
+@onnx
+def test_weights_that_the_runtime_cannot_multiply_are_refused():
+    model = TINY["bert"]().to(torch.bfloat16)
+    with pytest.raises(LeanError, match=r"holds bfloat16 weights.*load it with dtype='float32'"):
+        prepare(model, Forward(), "onnxruntime")(batch(model, 2, 5, True))
+
+
+class Choosing(torch.nn.Linear):
+    """A linear that looks at its values before it decides."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input if input.sum().item() > 0 else -input)
+
+
+class Bessel(torch.nn.Linear):
+    """A linear with an operation that few formats know."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.special.bessel_j0(super().forward(input))
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "why"),
+    [
+        (Choosing, "dynamo", "data-dependent"),
+        pytest.param(Bessel, "onnx", "No ONNX function found", marks=onnx),
+    ],
+)
+def test_the_layer_that_cannot_be_exported_is_named(kind, form, why, capfd):
+    model = TINY["bert"]()
+    model.bert.encoder.layer[1].output.dense = kind(64, 32)
+    with pytest.raises(
+        LeanError, match=rf"to {form} at bert.encoder.layer.1.output.dense, a {kind.__name__} \(.*{why}"
+    ):
+        export_model(model, Forward(), form, calibration=[batch(model, 2, 5, True)])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_tasks_that_do_more_than_call_the_model_are_refused():
+    class Twice:
+        def forward(self, model: Any, batch: Any) -> Any:
+            return model.embeddings(batch["input_ids"])
+
+    class Never:
+        def forward(self, model: Any, batch: Any) -> Any:
+            return batch["input_ids"]
+
+    with pytest.raises(LeanError, match="has no one graph"):
+        call_of(Twice(), TINY["bert"](), batch(TINY["bert"](), 2, 5, True))
+    with pytest.raises(LeanError, match="never calls the model"):
+        call_of(Never(), TINY["bert"](), batch(TINY["bert"](), 2, 5, True))
