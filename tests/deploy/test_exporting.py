@@ -13,6 +13,7 @@ import leanformers as lean
 from leanformers.deploy import TARGETS, check_stock, obstacles
 from leanformers.deploy.proof import ProofError
 from leanformers.errors import LeanError
+from leanformers.methods import get
 from leanformers.runtimes import runtimes
 from leanformers.surgery import DropLayers, FactoriseLinear, KeepNeurons, MaskWeights
 
@@ -43,6 +44,15 @@ def test_a_lean_encoder_is_exported_proved_and_measured(to, quantize, tmp_path):
     record = json.loads((tmp_path / "out" / "leanformers.json").read_text())
     assert record["target"] == to and record["measurement"]["bytes"] > 0
     assert not [path for path in tmp_path.iterdir() if path.name != "out"]
+
+
+def test_dynamic_int8_is_exported_without_the_rounding_of_its_inputs(tmp_path):
+    refusal = runtimes()["onnxruntime"].refusal()
+    if refusal:
+        pytest.skip(refusal)
+    subject = encoder()
+    get("quantization").build({"scheme": "int8_dynamic"})(subject)
+    assert exported(subject, "onnx", tmp_path / "out", measure=False).proof.difference <= 1e-3
 
 
 @pytest.mark.parametrize("to", ["onnx", "openvino"])

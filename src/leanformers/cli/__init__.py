@@ -264,7 +264,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="Folder of the export, which must not exist.")],
     quantize: Annotated[
         str | None,
-        typer.Option("--quantize", help="onnx: int8, int8-static; openvino: int8; gguf: q8_0, q6_k, q5_k_m, q4_k_m."),
+        typer.Option("--quantize", help="onnx, openvino: int8; gguf: q8_0, q6_k, q5_k_m, q4_k_m."),
     ] = None,
     task: TaskOption = None,
     data: DataOption = None,

@@ -57,7 +57,7 @@ def export(
         out: a folder that does not exist yet.
         task: real inputs to prove the export on and rows to measure it with; None takes the task of the recipe
             that lies beside the model.
-        quantize: onnx: "int8" (ranges at run time), "int8-static"; openvino: "int8"; gguf: "q8_0", "q6_k",
+        quantize: onnx: "int8" (ranges at run time); openvino: "int8"; gguf: "q8_0", "q6_k",
             "q5_k_m", "q4_k_m", or "f32" and "bf16" instead of f16.
         measure: quality, latency and bytes, beside the source's. limit: test rows of the quality, None for all.
 

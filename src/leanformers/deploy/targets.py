@@ -175,7 +175,7 @@ TARGETS = {
             runtime="onnxruntime",
             write=_graph("onnx"),
             open=_open_graph,
-            formats={"int8": "int8-dynamic", "int8-static": "int8"},
+            formats={"int8": "int8-dynamic"},
         ),
         Target(
             name="openvino", runtime="openvino", write=_graph("openvino"), open=_open_graph, formats={"int8": "int8"}
