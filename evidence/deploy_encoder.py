@@ -196,6 +196,12 @@ def main() -> None:
         best, points = judged(second, 16)
         evidence.baseline["docstrings-search, batch 16"] = {"runtime": best, **second[best]}
         evidence.check("docstrings-search: latency at nDCG@10 >= 0.97", fastest(points, 0.97), "<= 0.5")
+        if not evidence.holds:
+            evidence.cause = (
+                "after six epochs of distillation three layers stay two points behind a baseline that was tuned on all "
+                "sentences, and this processor multiplies int8 so fast that at these sizes the fixed cost of a call "
+                "weighs more than layers"
+            )
 
 
 if __name__ == "__main__":
