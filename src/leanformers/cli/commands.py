@@ -114,9 +114,13 @@ def run_export(model: str, to: str, out: Path, **options: Any) -> None:
     if done.measurement is not None:
         screen.print(tables.measurement(done.measurement, done.source, to, "torch"))
     proof = done.proof
+    if done.quantize is None:
+        told = f"outputs differ by at most {proof.difference:.1e} of their scale"
+    else:
+        told = "it answers as it did where it was written; what the quantisation cost stands in the table"
     screen.print(
-        f"Proved in a fresh process on {proof.cases} batches: outputs differ by at most {proof.difference:.1e} of "
-        f"their scale.\n{out} holds the export and its record, leanformers.json.",
+        f"Proved in a fresh process on {proof.cases} batches: {told}.\n"
+        f"{out} holds the export and its record, leanformers.json.",
         markup=False,
         soft_wrap=True,
     )
