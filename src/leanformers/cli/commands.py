@@ -53,7 +53,7 @@ def run_slim(model: str, task: Any, *, out: Path | None, **options: Any) -> None
 def show_frontier(data: dict[str, Any], out: Path) -> None:
     """Print the table of a run's points, its report and the two lines that load the best point."""
     from leanformers.cli import tables
-    from leanformers.report.snippets import load_lines
+    from leanformers.report import view
 
     screen = console()
     screen.print(tables.frontier(data))
@@ -64,17 +64,9 @@ def show_frontier(data: dict[str, Any], out: Path) -> None:
     best = points.get(data.get("best") or "") or data["baseline"]
     if not best.get("folder"):
         return
-    folder = Path(best["folder"])
-    if not folder.is_absolute():
-        folder = out / folder
     what = "the best point" if best is not data["baseline"] else "the baseline, which no recipe beats"
     screen.print(f"\nTo use {what}, {best['name']}, in Python:\n", markup=False)
-    for line in load_lines(
-        str(folder),
-        data.get("task", {}).get("kind", ""),
-        best.get("tier"),
-        (best.get("measurement") or {}).get("runtime"),
-    ):
+    for line in view.row(data, best, out)["lines"]:
         screen.print(f"    {line}", markup=False, soft_wrap=True)
 
 

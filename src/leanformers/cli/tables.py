@@ -37,19 +37,13 @@ def frontier(data: Mapping[str, Any]) -> Group:
     legend = Table.grid(padding=(0, 1))
     for point in winners:
         letter = Text(marks[str(point["name"])], "bold green" if point["name"] == data.get("best") else "bold")
-        table.add_row(letter, *(_cell(point, key) for key in TABLE), _loads_with(point))
+        table.add_row(letter, *(_cell(point, key) for key in TABLE), view.loads_with(point) or "–")
         where = point.get("folder") or point["name"]
         legend.add_row(letter, Text.assemble(view.added(data, point), (f"\n{where}", "dim")))
     table.add_section()
     for point in [data["baseline"], *data.get("references", ())]:
         table.add_row(str(point["name"]), *(_cell(point, key) for key in TABLE), point.get("tier") or "–")
     return Group(Text(), table, Text(), legend, Text(), Text(view.headline(data), "dim"))
-
-
-def _loads_with(point: Mapping[str, Any]) -> str:
-    """The tier, or the runtime of an exported folder."""
-    runtime = (point.get("measurement") or {}).get("runtime")
-    return str((runtime if point.get("tier") == "runtime" else point.get("tier")) or "–")
 
 
 def measurement(found: Any, baseline: Any = None, name: str = "", baseline_name: str = "") -> Table:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from leanformers.errors import LeanError
-from leanformers.runtimes import Prepared, check
-from leanformers.runtimes.calling import StandIn, call_of
+from leanformers.runtimes import Prepared, check, prepare
+from leanformers.runtimes.running import CALIBRATION, at_first_batch
 
 GGUF, PACKAGE = "model.gguf", "model.pt2"
-CALIBRATION = 128  # training rows
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Target:
         name = RUNTIME_OF.get((self.name, quantize), f"{self.runtime}-{quantize}" if quantize else self.runtime)
         call = self.open(folder, model, task)
         details = {"dtype": quantize or "float32"}
-        return Prepared(name=name, call=call, device=torch.device("cpu"), source=model, details=details)
+        return Prepared(name=name, call=call, device=CPU, source=model, details=details)
 
 
 def target(name: str) -> Target:
@@ -95,18 +95,7 @@ def _open_graph(folder: Path, model: Any, task: Any) -> Callable[[Any], torch.Te
     exported = open_exported(folder)
     if task.kind == "causal-lm":
         return lambda batch: score(exported, batch["input_ids"], batch["attention_mask"])
-    return _answering(exported.runners["model"], model, task)
-
-
-def _answering(run: Callable[..., Any], model: Any, task: Any) -> Callable[[Any], torch.Tensor]:
-    """`task.forward` on what runs a graph of the model."""
-
-    def call(batch: Any) -> torch.Tensor:
-        names = frozenset(call_of(task, model, batch).tensors)
-        with torch.inference_mode():
-            return task.forward(StandIn(run, names, model.config, torch.device("cpu")), batch)
-
-    return call
+    return at_first_batch(model, task, lambda call: exported.runners["model"], CPU)
 
 
 def _write_package(model: Any, tokenizer: Any, task: Any, folder: Path, quantize: str | None) -> None:
@@ -122,7 +111,8 @@ def _write_package(model: Any, tokenizer: Any, task: Any, folder: Path, quantize
 def _open_package(folder: Path, model: Any, task: Any) -> Callable[[Any], torch.Tensor]:
     from leanformers.runtimes.aot import load_package
 
-    return _answering(load_package(folder / PACKAGE), model, task)
+    package = load_package(folder / PACKAGE)
+    return at_first_batch(model, task, lambda call: package, CPU)
 
 
 # -- llama.cpp ---------------------------------------------------------------------------------------------------
@@ -158,13 +148,7 @@ def _write_stock(model: Any, tokenizer: Any, task: Any, folder: Path, quantize: 
 
 
 def _open_stock(folder: Path, model: Any, task: Any) -> Callable[[Any], torch.Tensor]:
-    loaded = type(model).from_pretrained(folder).eval()
-
-    def call(batch: Any) -> torch.Tensor:
-        with torch.inference_mode():
-            return task.forward(loaded, batch)
-
-    return call
+    return prepare(type(model).from_pretrained(folder), task).call
 
 
 TARGETS = {

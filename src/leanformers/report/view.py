@@ -143,13 +143,23 @@ def reason(data: Mapping[str, Any], point: Point) -> str:
     return "its estimate did not look promising enough to train it" if point.get("status") == "estimated" else ""
 
 
+def runtime_of(point: Point) -> str | None:
+    """Where a point was measured."""
+    return (point.get("measurement") or {}).get("runtime")
+
+
+def loads_with(point: Point) -> str | None:
+    """The tier, or the runtime of an exported folder."""
+    tier = point.get("tier")
+    return runtime_of(point) if tier == "runtime" else tier
+
+
 def row(data: Mapping[str, Any], point: Point, folder: Path | None = None) -> dict[str, Any]:
     """All that the page says of one point, as texts."""
     place = point.get("folder")
     if place and folder is not None and not Path(place).is_absolute():
         place = str(folder / place)
     tier = point.get("tier")
-    runtime = (point.get("measurement") or {}).get("runtime")
     return {
         "name": str(point["name"]),
         "letter": letters(data).get(str(point["name"]), ""),
@@ -159,10 +169,10 @@ def row(data: Mapping[str, Any], point: Point, folder: Path | None = None) -> di
         "steps": step_texts(point),
         "cells": {key: written(key, point) for key in QUANTITIES},
         "tier": tier,
-        "loads_with": runtime if tier == "runtime" else tier,
+        "loads_with": loads_with(point),
         "tier_text": TIERS.get(tier or "", ""),
         "folder": place,
-        "lines": load_lines(place, data.get("task", {}).get("kind", ""), tier, runtime) if place else [],
+        "lines": load_lines(place, data.get("task", {}).get("kind", ""), tier, runtime_of(point)) if place else [],
         "reason": reason(data, point),
         "meets": point.get("meets"),
         "best": point.get("name") == data.get("best") and data.get("best") is not None,
@@ -189,7 +199,7 @@ def plot_data(data: Mapping[str, Any]) -> dict[str, Any]:
                 "note": STATUS.get(point.get("status", ""), ""),
                 "best": point.get("name") == data.get("best"),
                 "tier": point.get("tier") or "",
-                "runtime": measured.get("runtime") or "",
+                "runtime": runtime_of(point) or "",
                 "values": values,
                 "texts": {key: list(written(key, point)) for key in keys},
                 "steps": [list(step) for step in step_texts(point)],
