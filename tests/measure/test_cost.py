@@ -174,3 +174,16 @@ def test_bad_folders_are_refused(tmp_path):
         bytes_on_disk(tmp_path / "nothing")
     with pytest.raises(LeanError, match="no weight file"):
         bytes_on_disk(tmp_path)
+
+
+def test_a_graph_counts_in_an_exported_folder_alone(tmp_path):
+    (tmp_path / "openvino").mkdir()
+    (tmp_path / "openvino" / "openvino_model.bin").write_bytes(b"x" * 40)
+    (tmp_path / "openvino" / "openvino_model.xml").write_bytes(b"x" * 5)
+    with pytest.raises(LeanError, match="no weight file"):
+        bytes_on_disk(tmp_path)
+    (tmp_path / "export.json").write_text("{}")
+    assert bytes_on_disk(tmp_path).weights == 45
+    (tmp_path / "export.json").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x" * 90)  # a graph beside them is another format
+    assert bytes_on_disk(tmp_path).weights == 90

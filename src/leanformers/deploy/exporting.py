@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,9 @@ def export(
     folders.check_output(folder, lambda _: False, "an empty place for an export")
     the_task = task_of(task) if task is not None else _task_beside(model)
     loaded, own = load_model(model, the_task, tokenizer, "float32", trust_remote_code=trust_remote_code)
-    loaded = loaded.to("cpu").eval()
+    if loaded.device.type != "cpu":  # exports are made there, and the caller's model stays where it is
+        loaded = copy.deepcopy(loaded).to("cpu")
+    loaded.eval()
     with folders.whole(folder) as partial:
         wanted.write(loaded, own, the_task, partial, form)
         proof = prove(wanted, partial, loaded, own, the_task, quantised=quantize is not None)

@@ -121,15 +121,16 @@ def bytes_on_disk(folder: str | Path) -> FolderBytes:
     root = Path(folder)
     if not root.is_dir():
         raise LeanError(f"{root} is not a folder: give the folder of a saved model.")
+    # A graph beside a checkpoint's own weights is another format; in an exported folder it is the weights.
+    graphs = _EXPORTS if (root / "export.json").is_file() else ()
     own: dict[str, int] = {}
     other = 0
     for path in root.rglob("*"):
         *folders, name = path.relative_to(root).parts
         if not path.is_file() or any(f.startswith(("checkpoint-", ".")) for f in folders):
             continue
-        if (
-            folders in ([e] for e in _EXPORTS) or all(f[:1].isdigit() and "_" in f for f in folders)
-        ) and not name.startswith(_TRAINER):
+        own_place = all(f in graphs or (f[:1].isdigit() and "_" in f) for f in folders)
+        if own_place and not name.startswith(_TRAINER):
             own["/".join((*folders, name))] = path.stat().st_size
         else:
             other += path.stat().st_size
