@@ -18,6 +18,9 @@ RUNTIMES = ("torch", "torch-compile", "onnxruntime", "onnxruntime-int8", "openvi
 SECONDS = 60.0  # of timing, per task and batch size
 
 
+LEARNED = {"hidden": 1.0, "augment": 8, "batch_size": 64, "learning_rate": 3e-4}
+
+
 def kept(layers: tuple[int, ...], epochs: float, **distillation: Any) -> list[dict[str, Any]]:
     return [
         {"method": "drop-layers", "layers": list(layers)},
@@ -25,20 +28,27 @@ def kept(layers: tuple[int, ...], epochs: float, **distillation: Any) -> list[di
     ]
 
 
-def narrowed(layers: tuple[int, ...], budget: float, epochs: float) -> list[dict[str, Any]]:
+def narrowed(layers: tuple[int, ...], budget: float, epochs: float, **distillation: Any) -> list[dict[str, Any]]:
     cut = {"method": "optin", "budget": budget, "samples": 64, "neuron_group": 32}
-    return [*kept(layers, epochs / 2), cut, {"method": "distillation", "epochs": epochs}]
+    return [
+        *kept(layers, epochs / 2, **distillation),
+        cut,
+        {"method": "distillation", "epochs": epochs, **distillation},
+    ]
 
 
-THREE, FOUR = (0, 2, 5), (0, 2, 3, 5)
+TWO, THREE, FOUR = (0, 5), (0, 2, 5), (0, 2, 3, 5)
 CLASSIFIERS = {
-    "four": kept(FOUR, 6.0),
-    "three": kept(THREE, 6.0),
-    "three-narrow": narrowed(THREE, 0.6, 6.0),
-    "two": kept((0, 5), 8.0),
-    "two-narrow": narrowed((0, 5), 0.7, 8.0),
+    "four": kept(FOUR, 2.0, **LEARNED),
+    "three": kept(THREE, 3.0, **LEARNED),
+    "three-narrow": narrowed(THREE, 0.6, 3.0, **LEARNED),
+    "three-narrower": narrowed(THREE, 0.4, 3.0, **LEARNED),
+    "two": kept(TWO, 4.0, **LEARNED),
+    "two-narrow": narrowed(TWO, 0.6, 4.0, **LEARNED),
+    "two-narrower": narrowed(TWO, 0.35, 4.0, **LEARNED),
+    "one": kept((0,), 4.0, **LEARNED),
 }
-EMBEDDERS = {"four": kept(FOUR, 5.0), "three": kept(THREE, 6.0)}
+EMBEDDERS = {"three": kept(THREE, 6.0), "three-narrow": narrowed(THREE, 0.6, 6.0), "two": kept(TWO, 8.0)}
 
 
 def classification() -> Any:

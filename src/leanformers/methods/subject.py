@@ -75,12 +75,15 @@ class Subject:
         distillation: Any = None,
         batch_size: int = 32,
         limit: int | None = None,
+        augment: int = 0,
         **options: Any,
     ) -> Any:
         """Train the model on the task, within the budget. Returns training's TrainResult.
 
         distillation: `leanformers.training.Distillation`; it needs the subject's teacher. None trains on the
         task's own loss, or on the teacher where the task has none (an embedder's texts).
+        augment: altered copies of each training text (tasks.augment) that the teacher answers as well; an epoch is
+        a pass over texts and copies.
         options go to `leanformers.training.fit` as they are (warmup, freeze, callbacks …).
         """
         from leanformers.training import fit
@@ -92,6 +95,14 @@ class Subject:
             distillation = Distillation()
         if distillation is not None and self.teacher is None:
             raise LeanError("distillation needs a teacher: run it in a recipe, or give Subject(teacher=…)")
+        teacher = self.teacher if distillation is not None else None
+        if augment:
+            from leanformers.tasks.augment import augmented
+
+            if teacher is None:
+                raise LeanError("Altered copies of the texts have no labels: train on them by distillation.")
+            task = augmented(task, augment, mask=getattr(self.tokenizer, "mask_token", None), seed=self.seed)
+            teacher = teacher.on(task)
         available = len(task.splits["train"]) if limit is None else min(limit, len(task.splits["train"]))
         self.full_examples += min(round(available * epochs), batch_size * (options.get("max_steps") or 10**12))
         if self.budget is not None:
@@ -113,7 +124,7 @@ class Subject:
             batch_size=batch_size,
             seed=self.seed,
             distillation=distillation,
-            teacher=self.teacher if distillation is not None else None,
+            teacher=teacher,
             limit=limit,
             output_dir=folder,
             progress=self.progress,

@@ -10,6 +10,7 @@ keep: the teacher runs live beside the student, or stores its `top_k` logits per
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
@@ -92,6 +93,12 @@ class Teacher:
                 digest.update(f"{part}\n".encode())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+    def on(self, task: Any) -> Teacher:
+        """The same teacher for another set of examples of its kind of task, with what it has stored so far."""
+        other = copy.copy(self)
+        other.task, other._keys, other._read, other._fingerprint = task, {}, set(), None
+        return other
 
     def prepare(self, split: str = "train", limit: int | None = None, *, progress: Any = False) -> None:
         """Compute what the store lacks of the first `limit` rows of a split; nothing for a live teacher."""

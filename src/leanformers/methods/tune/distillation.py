@@ -3,7 +3,9 @@
 Source: Hinton, Vinyals, Dean (2015, arXiv 1503.02531) for logits; TinyBERT (Jiao et al., 2020, arXiv 1909.10351)
 for hidden states and attention; MiniLMv2 (Wang et al., 2021, arXiv 2012.15828) for relations. The losses are
 ``leanformers.training``'s; this file holds the decisions. The teacher is the model as it was before the recipe; its
-outputs are computed once. After dropping layers, hidden states are matched to the kept layers' own indices.
+outputs are computed once. After dropping layers, hidden states are matched to the kept layers' own indices. With
+``augment`` it also answers altered copies of the texts (Tang et al., 2019, arXiv 1903.12136), which small students
+need where there are few texts.
 Cost: training is a forward and a backward pass of the student, plus the teacher's forward once.
 """
 
@@ -30,13 +32,14 @@ class DistillationMethod:
     relation: float = setting(0.0, low=0.0, help="weight of MiniLMv2's relations")
     batch_size: int = setting(32, low=1, help="examples per step")
     limit: int | None = setting(None, low=1, help="training examples used at most")
+    augment: int = setting(0, low=0, help="altered copies of each text, learned from the teacher alone")
 
     def __call__(self, subject: Subject) -> None:
         from leanformers.training import Distillation
 
         settings = Distillation(
             temperature=self.temperature,
-            alpha=self.alpha,
+            alpha=1.0 if self.augment and self.alpha is None else self.alpha,
             hidden=self.hidden,
             relation=self.relation,
             layer_map=kept_layers(subject) if self.hidden else None,
@@ -47,11 +50,16 @@ class DistillationMethod:
             distillation=settings,
             batch_size=self.batch_size,
             limit=self.limit,
+            augment=self.augment,
         )
 
     def refuses(self, anatomy: Anatomy, task: Any) -> str | None:
         if getattr(task, "objective", "teacher") == "pairs":
             return "the task learns from its pairs (objective 'pairs'): make it with objective 'teacher', or fine-tune"
+        if self.augment and task is not None:
+            from leanformers.tasks.augment import unsuitable
+
+            return unsuitable(task)
         return None
 
     @classmethod
