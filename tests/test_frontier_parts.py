@@ -156,6 +156,19 @@ def test_recipes_are_drawn_in_order_and_can_be_written_back(space):
     assert len(seen) > 15
 
 
+def test_widths_are_rounded_to_what_the_runtimes_store_where_a_method_can():
+    from leanformers.deploy import width_multiple
+
+    assert width_multiple(["openvino-int8", "torch"]) == 1
+    assert width_multiple(["llama.cpp", "llama.cpp-q8_0"]) == 32
+    assert width_multiple(["llama.cpp-q4_k_m", "llama.cpp-q8_0"]) == 256
+    plain, rounded = (Space([get("optin"), get("drop-layers")], multiple=m) for m in (1, 256))
+    assert plain.digest != rounded.digest
+    assert not any("multiple" in step for steps in plain.starts() for step in steps)
+    for steps in rounded.starts():
+        assert all(step.get("multiple") == (256 if step["method"] == "optin" else None) for step in steps)
+
+
 def test_starts_are_legal_and_the_useful_come_first(space):
     starts = space.starts()
     slugs = [[step["method"] for step in steps] for steps in starts]

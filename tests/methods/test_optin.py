@@ -48,6 +48,13 @@ def test_answering_from_the_reference_changes_no_score():
     assert all(fast[unit] == pytest.approx(slow[unit], rel=1e-4, abs=1e-6) for unit in fast)
 
 
+def test_kept_neurons_are_a_multiple_where_that_is_asked_for():
+    subject = encoder()
+    get("optin").build({"budget": 0.6, "samples": 8, "rows": 32, "neuron_group": 5, "multiple": 8})(subject)
+    sizes = [layer.feed_forward.intermediate_size for layer in subject.anatomy.layers]
+    assert all(size % 8 == 0 for size in sizes) and min(sizes) < 64
+
+
 def test_a_unit_without_outgoing_weights_scores_zero():
     subject = encoder()
     layer = subject.anatomy.layers[1]

@@ -2,6 +2,16 @@
 
 from leanformers.deploy.exporting import Exported, export
 from leanformers.deploy.stock import check_stock, obstacles
-from leanformers.deploy.targets import DEPLOYED, TARGETS, Target, target
+from leanformers.deploy.targets import DEPLOYED, TARGETS, Target, target, width_multiple
 
-__all__ = ["DEPLOYED", "TARGETS", "Exported", "Target", "check_stock", "export", "obstacles", "target"]
+__all__ = [
+    "DEPLOYED",
+    "TARGETS",
+    "Exported",
+    "Target",
+    "check_stock",
+    "export",
+    "obstacles",
+    "target",
+    "width_multiple",
+]

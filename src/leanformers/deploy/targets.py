@@ -5,7 +5,8 @@ To add one, write a function that writes a folder and one that opens it, and add
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,3 +191,11 @@ DEPLOYED: dict[str, tuple[str, str | None]] = {
 """Runtimes that run an exported folder: the target and the format that make it."""
 
 RUNTIME_OF = {what: name for name, what in DEPLOYED.items()}
+
+
+def width_multiple(runtimes: Iterable[str]) -> int:
+    """What a model's widths should be multiples of to be stored in all these runtimes' own formats; 1: anything."""
+    from leanformers.runtimes.gguf import row_multiple
+
+    kinds = [DEPLOYED[name][1] or "f16" for name in runtimes if DEPLOYED.get(name, ("", None))[0] == "gguf"]
+    return math.lcm(*(row_multiple(kind) for kind in kinds))

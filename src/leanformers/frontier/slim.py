@@ -85,6 +85,8 @@ def slim(
         LeanError: bad input, before any training; a full disk.
         KeyboardInterrupt: Ctrl-C before there is a baseline; later it ends the search with what there is.
     """
+    from leanformers.deploy import width_multiple
+
     start = time.monotonic()
     the_task = task_of(task)
     if the_task is None:
@@ -126,7 +128,7 @@ def slim(
         say(f"baseline: {the_task.metric} {baseline.quality:.4g}, {baseline.parameters:,} parameters")
         references = reference_points(folder, the_task, baseline, test, seed)
         chosen, skipped = suited(infos, bench, explicit=methods is not None, stock=stock)
-        space = Space(list(chosen.values()))
+        space = Space(list(chosen.values()), multiple=width_multiple(others))
         asked = [relative(goal, baseline.quality, the_task.better) for goal in wanted]
         search = Search(folder, bench, space, asked, objectives(asked), effort, seed=seed, say=say)
         search.start = start

@@ -19,9 +19,13 @@ Steps = list[dict[str, Any]]
 
 
 class Space:
-    """Recipes from the given methods."""
+    """Recipes from the given methods.
 
-    def __init__(self, infos: Sequence[MethodInfo]) -> None:
+    multiple: what widths are to be multiples of, for those methods that can round to it; 1: anything.
+    """
+
+    def __init__(self, infos: Sequence[MethodInfo], *, multiple: int = 1) -> None:
+        self.multiple = multiple
         self.infos = {info.slug: info for info in sorted(infos, key=place) if info.stage != "prepare"}
 
     def stage(self, name: str) -> list[str]:
@@ -30,7 +34,9 @@ class Space:
     @property
     def digest(self) -> str:
         """Hash (8 hex digits) of what can be chosen: studies of one space can go on from each other."""
-        told = {slug: {n: repr(s) for n, s in info.space().items()} for slug, info in self.infos.items()}
+        told: dict[str, Any] = {s: {n: repr(c) for n, c in i.space().items()} for s, i in self.infos.items()}
+        if self.multiple > 1:
+            told["multiple"] = self.multiple
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
     # -- drawing -------------------------------------------------------------------------------------------
@@ -71,7 +77,12 @@ class Space:
             else:
                 value = trial.suggest_float(label, allowed.low, allowed.high, log=allowed.log, step=allowed.step)
                 drawn[name] = float(f"{value:.3g}")  # recipes are read by people
-        return drawn
+        return {**drawn, **self._rounded(slug)}
+
+    def _rounded(self, slug: str) -> dict[str, Any]:
+        """The setting by which a method rounds the widths that it leaves, where that is asked for."""
+        rounds = self.multiple > 1 and any(entry.name == "multiple" for entry in self.infos[slug].settings)
+        return {"multiple": self.multiple} if rounds else {}
 
     # -- writing down --------------------------------------------------------------------------------------
     def params(self, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -125,7 +136,7 @@ class Space:
         """A method's first settings, with those that the space draws written out: equals look equal."""
         info = self.infos[slug]
         usual = {entry.name: entry.default for entry in info.settings if entry.name in info.space()}
-        return [{"method": slug, **usual, **settings} for settings in info.starts()]
+        return [{"method": slug, **usual, **settings, **self._rounded(slug)} for settings in info.starts()]
 
     def _first(self, stage: str) -> Steps:
         """The first of the stage's starts, if it has any."""

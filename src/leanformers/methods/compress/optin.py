@@ -8,7 +8,7 @@ Choices where paper and reference code differ (the card): block outputs after th
 token rows serves all units; ``balance`` scales the logit term by the ratio of the medians, once, instead of unit by
 unit; there is no prior on a unit's index. With grouped queries a unit is a key/value head with its query heads.
 Every block keeps at least one head and one neuron. ``neuron_group`` above 1 scores neurons of like outgoing norm
-together, which is not in the paper and divides the passes by it. Left out: OPTIN_tau (token reduction).
+together, which is not in the paper and divides the passes by it; ``multiple`` rounds it up. Left out: OPTIN_tau (token reduction).
 Cost: one masked pass over the later blocks per unit; memory for the reference features of one batch.
 """
 
@@ -45,6 +45,7 @@ class Optin:
     temperature: float = setting(4.0, low=0.01, help="of the logit term")
     balance: float = setting(0.1, low=0.0, help="weight of the logit term")
     neuron_group: int = setting(1, low=1, help="neurons scored together")
+    multiple: int = setting(1, low=1, help="of which the kept neurons of a layer are one, for formats that want it")
 
     def __call__(self, subject: Subject) -> None:
         if self.budget == 1.0:
@@ -136,7 +137,8 @@ class Scorer:
                 for head in range(layer.attention.num_key_value_heads):
                     yield index, "head", (head,)
             norms = layer.feed_forward.down.weight().float().norm(dim=0)
-            for group in norms.argsort(stable=True).split(self.settings.neuron_group):
+            together = -(-self.settings.neuron_group // self.settings.multiple) * self.settings.multiple
+            for group in norms.argsort(stable=True).split(together):
                 yield index, "neuron", tuple(sorted(group.tolist()))
 
     def _logit_error(self, reference: Tensor, changed: Tensor) -> float:
