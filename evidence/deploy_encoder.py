@@ -2,7 +2,7 @@
 
 Two tasks: *sentiment* (fine-tuned; batches of 1 and 16) and *docstrings-search* (no labels; batches of 16). The
 baseline of a batch size is the fastest of all runtimes that the unslimmed model has here, whatever its number format.
-Beside the points stand TF-IDF with logistic regression and a classifier on the frozen model.
+Beside the points stand model2vec of the same model, TF-IDF with logistic regression and a classifier on the frozen one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from claim import Evidence
 from making import arguments, make, side_by_side, steps_of
+from outside import static
 
 RUNTIMES = ("torch", "torch-compile", "onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8")
 SECONDS = 60.0  # of timing, per task and batch size
@@ -191,8 +192,9 @@ def main() -> None:
         second = measured(folder, embedders, search, (16,))
         recipes = {f"classifier-{n}": steps_of(folder / f"classifier-{n}") for n in ("base", *CLASSIFIERS)}
         recipes |= {f"embedder-{n}": steps_of(folder / f"embedder-{n}") for n in EMBEDDERS}
-        outside = {}
-        for task in (sentiment, search):
+        outside: dict[str, Any] = {}
+        for task, sizes in ((sentiment, (1, 16)), (search, (16,))):
+            outside[f"{task.name}: model2vec"] = static(task, sizes)
             reference = tfidf(task)
             if reference is not None:
                 outside[f"{task.name}: {reference.name}"] = reference.quality
