@@ -33,7 +33,8 @@ def static(task: Any, sizes: tuple[int, ...], rounds: int = 40) -> dict[str, Any
     if task.kind == "embedding":
         fields = {field: [row[field] for row in task.rows("test")] for field in ("query", "body")}
         queries, bodies = (normalize(torch.tensor(static.encode(texts))) for texts in fields.values())
-        quality, texts, answer = task.ndcg(queries, bodies), fields["body"], static.encode
+        quality, texts = task.ndcg(queries, bodies), fields["body"]
+        answer: Any = static.encode
     else:
         from sklearn.linear_model import LogisticRegression
 
@@ -44,9 +45,7 @@ def static(task: Any, sizes: tuple[int, ...], rounds: int = 40) -> dict[str, Any
         classifier = LogisticRegression(max_iter=2_000).fit(x["train"], y["train"])
         quality, texts = float(classifier.score(x["test"], y["test"])), [row["text"] for row in task.rows("test")]
 
-        def answer(batch: list[str]) -> Any:
-            return classifier.predict(static.encode(batch))
-
+        answer = lambda batch: classifier.predict(static.encode(batch))  # noqa: E731
     latency = {str(n): seconds(answer, [texts[i : i + n] for i in range(0, rounds * n, n)]) for n in sizes}
     return {"quality": quality, "latency": latency, "bytes": size}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from dataclasses import dataclass
 
@@ -228,3 +229,31 @@ def test_without_goals_the_widest_frontier_is_sought():
     kept = candidate("k", 0.99, 1.0, 0.3, trains=False)
     field = [candidate("near", 0.985, 0.98, 0.3), candidate("far", 0.96, 0.4, 0.6)]
     assert next_to_train([kept, *field], (), OBJECTIVES).key == "far"
+
+
+# -- a point in another runtime ---------------------------------------------------------------------------------
+
+
+def test_names_in_other_runtimes():
+    from leanformers.frontier.deployed import is_deployed, named, source_of
+
+    name = named("drop-1", "openvino-int8")
+    assert name == "drop-1@openvino-int8" and source_of(name) == "drop-1" and is_deployed(name)
+    assert source_of("drop-1") == "drop-1" and not is_deployed("drop-1")
+
+
+@pytest.mark.parametrize(
+    ("goal", "own", "drop"), [(0.99, 1.1, 0.1), (0.99, 0.99, None), (0.99, 0.9, None), (None, 1.0, None)]
+)
+def test_what_int8_of_a_point_may_cost(goal, own, drop, tmp_path):
+    """What lies between the point's quality and the goal's, as a share of the point's."""
+    from types import SimpleNamespace
+
+    from leanformers.frontier.bench import RESULT, Workbench
+
+    (tmp_path / "finals" / "p").mkdir(parents=True)
+    (tmp_path / "finals" / "p" / RESULT).write_text(json.dumps({"ratios": {"quality": own}}))
+    bench = SimpleNamespace(quality_goal=goal, folder=tmp_path)
+    assert Workbench._may_lose(bench, "p") == (None if drop is None else pytest.approx(drop))
+    if goal is not None:
+        assert Workbench._may_lose(bench, "baseline") == pytest.approx(0.01)

@@ -7,12 +7,8 @@ import torch
 from subjects import BOTH, encoder, outputs
 
 from leanformers.methods import get
-from leanformers.methods.compress.essential_sparsity import (
-    drop_smallest,
-    global_counts,
-    keep_n_of_m,
-    prunable,
-)
+from leanformers.methods.compress.essential_sparsity import keep_n_of_m
+from leanformers.methods.pruning import drop_smallest, global_counts, prunable
 from leanformers.parts import MaskedLinear
 
 

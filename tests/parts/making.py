@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from leanformers.parts import LowRankLinear, MaskedLinear, QuantisedLinear
+from leanformers.parts import DenseSparseLinear, LowRankLinear, MaskedLinear, QuantisedLinear
 
 IN, OUT, RANK = 24, 40, 8
 
@@ -46,6 +46,17 @@ def low_rank(old: nn.Module, filled: bool = True) -> LowRankLinear:
     return part
 
 
+def dense_sparse(old: nn.Module, filled: bool = True, mode: str = "materialised") -> DenseSparseLinear:
+    part = DenseSparseLinear.like(old, rank=10, width=8, nonzeros=3, mode=mode)
+    if filled:
+        part.carry(old)
+    return part
+
+
+def factored(old: nn.Module, filled: bool = True) -> DenseSparseLinear:
+    return dense_sparse(old, filled, "factored")
+
+
 def masked(old: nn.Module, filled: bool = True) -> MaskedLinear:
     part = MaskedLinear.like(old)
     if filled:
@@ -74,6 +85,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 PARTS: dict[str, Callable[..., nn.Module]] = {
     "low rank": low_rank,
+    "dense sparse": dense_sparse,
+    "dense sparse, factored": factored,
     "masked": masked,
     "int8 weight-only": weight_only,
     "int8 dynamic": dynamic,

@@ -21,7 +21,7 @@ SIZES = {
 class Mean(nn.Module):
     """Averages the values of the real tokens: attention without scores."""
 
-    def forward(self, query, key, value, *, padding, causal, scaling, dropout, position_bias):
+    def forward(self, query, key, value, *, padding, causal, scaling, dropout, position_bias, mask):
         real = torch.ones(value.shape[0], value.shape[2]) if padding is None else padding.float()
         mean = (value * real[:, None, :, None]).sum(2, keepdim=True) / real.sum(1)[:, None, None, None]
         return mean.expand_as(query).transpose(1, 2)

@@ -17,6 +17,8 @@ pytestmark = [
 ]
 NAMES = {
     "low rank": {"down.weight", "up.weight"},
+    "dense sparse": {"dictionary", "values", "packed"},
+    "dense sparse, factored": {"dictionary", "values", "packed"},
     "masked": {"weight", "mask_bits"},
     "int8 weight-only": {"qdata", "scale"},
     "int8 dynamic": {"qdata", "scale"},

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from families import TINY
 from leanformers.anatomy import Anatomy
 from leanformers.runtimes.gguf.vocabulary import _RULES
-from leanformers.surgery import KeepHeads, KeepNeurons, apply
+from leanformers.surgery import DropSublayers, KeepHeads, KeepNeurons, apply
 from vocabularies import CHAT, TEXTS
 
 # Sizes in multiples of 32, as quantised rows want them.
@@ -39,29 +38,12 @@ def make_uneven(model: Any) -> Any:
     return model
 
 
-class Gone(nn.Module):
-    """Nothing where a sub-layer was, in the shapes that anatomy reads."""
-
-    def __init__(self, hidden_size: int, names: tuple[str, ...], last: str) -> None:
-        super().__init__()
-        self.head_dim = 16
-        for name in names:
-            self.add_module(name, nn.Linear(hidden_size, 0, bias=False))
-        self.add_module(last, nn.Linear(0, hidden_size, bias=False))
-
-    def forward(self, hidden_states: torch.Tensor, **others: Any) -> Any:
-        nothing = torch.zeros_like(hidden_states)
-        return (nothing, None) if hasattr(self, "q_proj") else nothing
-
-
 def without_parts(*, attention: tuple[int, ...], feed_forward: int) -> Any:
     """A LLaMA whose layers of these indices lack their attention, and one its feed-forward."""
     model = tiny()
-    layers: list[Any] = [layer.module for layer in Anatomy.of(model).layers]
     for index in attention:
-        layers[index].self_attn = Gone(64, ("q_proj", "k_proj", "v_proj"), "o_proj")
-    layers[feed_forward].mlp = Gone(64, ("gate_proj", "up_proj"), "down_proj")
-    return model
+        apply(model, DropSublayers(path=f"layers.{index}", sublayers=("attention",)))
+    return apply(model, DropSublayers(path=f"layers.{feed_forward}", sublayers=("feed_forward",)))
 
 
 class File(NamedTuple):

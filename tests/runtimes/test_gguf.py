@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
@@ -27,7 +28,7 @@ from leanformers.surgery import (
     apply,
 )
 from leanformers.surgery.tokenizers import choose, count, trim
-from vocabularies import MAKERS, TEXTS
+from vocabularies import MAKERS, OTHER, TEXTS
 
 pytest.importorskip("gguf")
 PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -252,6 +253,21 @@ def test_other_rules_are_refused(tmp_path, rooms):
         LeanError, match=r"is no byte-level BPE of a kind that llama\.cpp has a rule for: gpt-2, smollm"
     ):
         written(tiny(vocab_size=2000), tmp_path, tokenizer=changed(tokenizer_of(), **rooms))
+
+
+def test_a_fallback_to_bytes_that_nothing_needs(tmp_path):
+    """Where all bytes have a character, none falls back; where one has not, another token stands for it."""
+    tokenizer = changed(tokenizer_of(), model={"byte_fallback": True})
+    assert written(tiny(vocab_size=2000), tmp_path, tokenizer=tokenizer).fields["tokenizer.ggml.pre"] == "gpt-2"
+    for text in OTHER:
+        assert tokenizer(text)["input_ids"] == tokenizer_of()(text)["input_ids"]
+    vocabulary = {token: index for token, index in tokenizer.get_vocab().items() if token != "\u0100"}
+    merges = [
+        m for m in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"] if "\u0100" not in "".join(m)
+    ]
+    narrow = changed(tokenizer, model={"vocab": vocabulary, "merges": merges})
+    with pytest.raises(LeanError, match="is no byte-level BPE of a kind"):
+        written(tiny(vocab_size=2000), tmp_path, tokenizer=narrow)
 
 
 def test_tokens_that_the_format_cannot_say(tmp_path):

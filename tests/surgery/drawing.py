@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from leanformers.anatomy import Anatomy, linear_shape
+from leanformers.errors import LeanError
 from leanformers.surgery import (
     DropLayers,
+    DropSublayers,
     Edit,
     FactoriseLinear,
     KeepHeads,
@@ -19,20 +21,26 @@ from leanformers.surgery import (
     MaskWeights,
     QuantiseEmbeddings,
     QuantiseLinear,
+    SliceResidual,
+    SwapAttention,
 )
 
 Draw = tuple[Edit, dict[str, Any]]
 KINDS = (
     "drop_layers",
+    "drop_sublayers",
+    "swap_attention",
     "keep_heads",
     "keep_neurons",
     "keep_vocabulary",
     "factorise_linear",
+    "factorise_linear_dense_sparse",
     "mask_weights",
     "mask_weights_2_4",
     "quantise_linear",
     "quantise_linear_dynamic",
     "quantise_embeddings",
+    "slice_residual",
 )
 SPECIAL = 16  # ids below it stay: the tests' inputs and the configs' special tokens
 
@@ -46,15 +54,25 @@ def draw(model: Any, kind: str, seed: int = 0) -> Draw | None:
         count = len(anatomy.stacks[stack])
         keep = sorted(dice.sample(range(count), max(1, count - 1)))
         return DropLayers(stack=stack, keep=tuple(keep)), {}
-    if kind == "keep_heads":
-        if anatomy.family.shared_position_bias:
+    there = layer.sublayers()
+    if kind == "drop_sublayers":
+        return (DropSublayers(path=layer.path, sublayers=(dice.choice(list(there)),)), {}) if there else None
+    attentions = list(layer.attentions())
+    if kind == "swap_attention":
+        if not attentions or not model._can_set_attn_implementation():
             return None
-        attention = dice.choice(list(layer.attentions()))
+        return SwapAttention(path=dice.choice(attentions).path, mixer="top_k", settings={"k": 3}), {}
+    if kind == "keep_heads":
+        if anatomy.family.shared_position_bias or not attentions:
+            return None
+        attention = dice.choice(attentions)
         total = attention.num_key_value_heads
         keep = sorted(dice.sample(range(total), max(1, total // 2)))
         return KeepHeads(path=attention.path, size=len(keep)), {"keep": torch.tensor(keep)}
     if kind == "keep_neurons":
         part = layer.feed_forward
+        if part.absent:
+            return None
         keep = sorted(dice.sample(range(part.intermediate_size), max(1, part.intermediate_size // 2)))
         return KeepNeurons(path=part.path, size=len(keep)), {"keep": torch.tensor(keep)}
     if kind == "keep_vocabulary":
@@ -65,10 +83,24 @@ def draw(model: Any, kind: str, seed: int = 0) -> Draw | None:
         return KeepVocabulary(size=len(keep)), {"keep": torch.tensor(keep)}
     if kind == "quantise_embeddings":
         return (QuantiseEmbeddings(), {}) if anatomy.is_text else None
-    path = dice.choice(sorted(p for p in anatomy.roles if p.startswith(layer.path + ".")))
+    if kind == "slice_residual":
+        total, size = anatomy.hidden_size, anatomy.hidden_size * 3 // 4
+        try:
+            SliceResidual(size=size).cost(anatomy)
+        except LeanError:
+            return None
+        return SliceResidual(size=size), {"keep": torch.tensor(sorted(dice.sample(range(total), size)))}
+    paths = sorted(p for p in anatomy.roles if p.startswith(layer.path + "."))
+    if not paths:
+        return None
+    path = dice.choice(paths)
     out_features, in_features = linear_shape(anatomy.module(path))
     if kind == "factorise_linear":
         return FactoriseLinear(path=path, rank=dice.randint(2, min(out_features, in_features) // 2)), {}
+    if kind == "factorise_linear_dense_sparse":
+        width = next(size for size in (8, 4, 2, 1) if in_features % size == 0)
+        mode = dice.choice(("materialised", "factored"))
+        return FactoriseLinear(path=path, kind="dense_sparse", rank=5, width=width, nonzeros=2, mode=mode), {}
     if kind == "mask_weights":
         mask = torch.rand(out_features, in_features, generator=torch.Generator().manual_seed(seed)) > 0.4
         return MaskWeights(path=path), {"mask": mask}

@@ -175,3 +175,14 @@ def test_buckets_cover_every_example_once_and_depend_on_seed_and_epoch_alone() -
     assert [[i for _, i in b] for b in sampler] != [[i for _, i in b] for b in first]
     places = sum(len(b) * max(lengths[i] for _, i in b) for b in first)
     assert sum(lengths) / places > 0.95
+
+
+def test_attention_is_not_matched_where_one_was_dropped(bert, sentiment, tokenizer) -> None:
+    from leanformers.surgery import DropSublayers, apply
+
+    model, task = bert(), sentiment()
+    teacher = Teacher(copy.deepcopy(model), task, tokenizer)
+    apply(model, DropSublayers(path="encoder.layer.0", sublayers=("attention",)))
+    with pytest.raises(LeanError, match=r"attention of encoder\.layer\.0 was dropped"):
+        pair(model, task, tokenizer, Distillation(attention=1.0), teacher)
+    assert pair(model, task, tokenizer, Distillation(hidden=1.0, relation=1.0), teacher) is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -79,6 +79,9 @@ class Anatomy:
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
+        for layer in self.layers:
+            for part in layer.sublayers().values():
+                return (part.output if isinstance(part, Attention) else part.down).out_features
         return self.layers[0].attention.output.out_features
 
     @property
@@ -130,18 +133,26 @@ class Anatomy:
         return next(stack for stack in self.family.stacks if stack.name == name)
 
     def attention(self, path: str) -> Attention:
-        """The attention whose module stands at ``path``."""
+        """The attention whose module stands at ``path``.
+
+        Raises:
+            LeanError: none stands there, or it was dropped.
+        """
         for layer in self.layers:
-            for attention in layer.attentions():
-                if attention.path == path:
-                    return attention
+            for attention in (layer.attention, layer.cross_attention):
+                if attention is not None and attention.path == path:
+                    return _present(attention)
         raise LeanError(f"No attention at {path!r}: the first one is at {self.layers[0].attention.path!r}.")
 
     def feed_forward(self, path: str) -> FeedForward:
-        """The feed-forward at ``path``: its module's path, or the layer's where it has none of its own."""
+        """The feed-forward at ``path``: its module's path, or the layer's where it has none of its own.
+
+        Raises:
+            LeanError: none stands there, or it was dropped.
+        """
         for layer in self.layers:
             if layer.feed_forward.path == path:
-                return layer.feed_forward
+                return _present(layer.feed_forward)
         raise LeanError(f"No feed-forward at {path!r}: the first one is at {self.layers[0].feed_forward.path!r}.")
 
     @cached_property
@@ -246,7 +257,7 @@ class Anatomy:
         writes: list[Projection] = []
         for layer in self.layers:
             writes += [attention.output for attention in layer.attentions()]
-            writes.append(layer.feed_forward.down)
+            writes += [part for role, part in layer.feed_forward.projections() if role == "down"]
         return writes
 
     @property
@@ -266,20 +277,50 @@ class Anatomy:
         return {path: self.module(path) for path in self.family.inputs if has(self.base, path)}
 
     @property
+    def fixed_width(self) -> str | None:
+        """A part that holds the stream at its full width (``Family.fixed_width``), by name; None without one."""
+        places = [(path, owner) for path in self.family.fixed_width for owner in (self.base, self.model)]
+        return next((path for path, owner in places if has(owner, path)), None)
+
+    @property
     def outputs(self) -> dict[str, Projection]:
         """The linears outside the layers that read the stream, by name in the whole model: of poolers,
-        language-model and sequence-classification heads."""
+        language-model and classification heads."""
         outputs: dict[str, Projection] = {}
         for path in self.family.outputs:
             for owner, name in ((self.base, f"{self.prefix}{path}"), (self.model, path)):
                 module = owner.get_submodule(path) if has(owner, path) else None
                 if module is not None and is_linear(module) and linear_shape(module)[1] == self.hidden_size:
                     outputs[name] = Projection(name, module)
+        if all(output.module is self.head for output in outputs.values()):
+            # No pooler and no head of its own: the heads of other tasks (token classes, spans) read the stream.
+            for name, module in _flops.outer_linears(self.model):
+                around = self.base is not self.model and not name.startswith(self.prefix)
+                if around and module is not self.head and linear_shape(module)[1] == self.hidden_size:
+                    outputs.setdefault(name, Projection(name, module))
         return outputs
+
+    @property
+    def rotated(self) -> bool:
+        """Whether the stream is in another basis at each position (``SliceResidual``): its norms have no gain, and
+        its layers belong together."""
+        return any(isinstance(getattr(norm.module, "width", None), int) for norm in self.norms)
+
+    def check_droppable(self) -> None:
+        """Raises:
+        LeanError: the stream is rotated, and a dropped sub-layer's change of basis would be missing.
+        """
+        if self.rotated:
+            raise LeanError(
+                f"The residual stream of {type(self.model).__name__} changes its basis at each sub-layer: drop layers "
+                "and sub-layers before it is rotated."
+            )
 
     def gain(self, norm: Norm) -> torch.Tensor:
         """What a norm multiplies by, [hidden_size], Gemma's offset included."""
         weight = norm.module.lambda1 if norm.place == "scale" else norm.module.weight
+        if weight is None:
+            return torch.ones(self.hidden_size)
         return 1 + weight if self.family.norm_offset else weight
 
     def readers(self, norm: Norm) -> list[Projection]:
@@ -290,7 +331,7 @@ class Anatomy:
         """
         if norm.place == "final":
             if norm.reads == "encoder" and "decoder" in self.stacks:
-                crossing = [layer.cross_attention for layer in self.layers if layer.cross_attention]
+                crossing = [attention for layer in self.layers for attention in layer.attentions() if attention.cross]
                 return [projection for attention in crossing for projection in (attention.key, attention.value)]
             return list(self.outputs.values())
         if norm.place != "pre":
@@ -335,6 +376,15 @@ class Anatomy:
         """FLOPs of one forward pass over ``batch`` unpadded sequences: layers, heads, poolers and embedding
         projections; ``flops.py`` says what is left out."""
         return batch * _flops.model_flops(self, length, source_length)
+
+
+_Part = TypeVar("_Part", Attention, FeedForward)
+
+
+def _present(part: _Part) -> _Part:
+    if part.absent:
+        raise LeanError(f"The sub-layer at {part.path!r} was dropped, so nothing is left to edit there: leave it out.")
+    return part
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -116,6 +116,9 @@ class Family:
     hidden_size) or ``never`` (the config has no head size of its own, fewer heads would be larger ones).
     ``positions_follow_padding``: position ids count up from the padding id.
 
+    ``fixed_width``: modules, in the base model or around it, that work on the stream in its full width beside the
+    readers and writers, so that it cannot be made narrower with them.
+
     ``pooled``: modules that see one position of a sequence, in the base model or around it.
     ``scores_every_position``: a sequence classifier is applied to every position (decoders).
     """
@@ -133,5 +136,6 @@ class Family:
     shared_position_bias: bool = False
     stock_heads: Literal["fixed_head_dim", "divides", "never"] = "never"
     positions_follow_padding: bool = False
+    fixed_width: tuple[str, ...] = ()
     pooled: tuple[str, ...] = ("pooler",)
     scores_every_position: bool = False

@@ -43,6 +43,9 @@ def linear_flops(module: nn.Module) -> int:
     down, up = getattr(module, "down", None), getattr(module, "up", None)
     if isinstance(down, nn.Module) and isinstance(up, nn.Module):
         return linear_flops(down) + linear_flops(up)
+    own = getattr(module, "row_flops", None)  # a linear that computes another way
+    if isinstance(own, int):
+        return own
     out_features, in_features = linear_shape(module)
     return 2 * out_features * in_features
 
@@ -68,7 +71,7 @@ def outer_rows(anatomy: Anatomy) -> dict[str, Rows]:
     inside = tuple(f"{anatomy.prefix}{layer.path}." for layer in anatomy.layers)
     one_position = type(model).__name__.endswith(_SEQUENCE_HEADS) and not anatomy.family.scores_every_position
     rows: dict[str, Rows] = {}
-    for name, module in _outermost_linears(model):
+    for name, module in outer_linears(model):
         if name.startswith(inside):
             continue
         in_base = anatomy.base is model or name.startswith(anatomy.prefix)
@@ -82,13 +85,13 @@ def _under(name: str, paths: tuple[str, ...]) -> bool:
     return any(name == path or name.startswith(f"{path}.") for path in paths)
 
 
-def _outermost_linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def outer_linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Linears and their names, without the two inside a factorised one."""
     for name, child in module.named_children():
         if is_linear(child):
             yield prefix + name, child
         else:
-            yield from _outermost_linears(child, f"{prefix}{name}.")
+            yield from outer_linears(child, f"{prefix}{name}.")
 
 
 def attention_flops(attention: Attention, length: int, keys: int) -> int:
@@ -117,6 +120,8 @@ def layer_flops(anatomy: Anatomy, length: int, source_length: int | None = None)
                 seen[projection.path] = tokens
         for _, projection in layer.feed_forward.projections():
             seen[projection.path] = tokens
+        shortcuts = (getattr(module, "shortcut", None) for module in layer.module.modules())
+        flops += sum(tokens * linear_flops(module) for module in shortcuts if isinstance(module, nn.Module))
     for path, tokens in seen.items():
         flops += rows[path].count(tokens) * linear_flops(anatomy.module(path))
     return flops
@@ -124,6 +129,6 @@ def layer_flops(anatomy: Anatomy, length: int, source_length: int | None = None)
 
 def model_flops(anatomy: Anatomy, length: int, source_length: int | None = None) -> int:
     """FLOPs of one forward pass over one sequence: layers, heads, poolers, embedding projections."""
-    modules = dict(_outermost_linears(anatomy.model))
+    modules = dict(outer_linears(anatomy.model))
     outer = sum(rows.count(length) * linear_flops(modules[name]) for name, rows in outer_rows(anatomy).items())
     return layer_flops(anatomy, length, source_length) + outer

@@ -104,7 +104,7 @@ class Attention:
 
     ``query_norm`` and ``key_norm`` norm each head [head_dim] after its projection. ``extra`` are further
     projections laid out by head. ``positions`` rows of a table are projected and scored against every query
-    or key, ``position_terms`` times (DeBERTa).
+    or key, ``position_terms`` times (DeBERTa). One that was dropped has no heads, and no projections to list.
     """
 
     path: str
@@ -130,13 +130,25 @@ class Attention:
     def num_key_value_heads(self) -> int:
         return self.key.out_features // self.head_dim
 
+    @property
+    def absent(self) -> bool:
+        """Whether it was dropped: the stream passes by."""
+        return self.num_attention_heads == 0
+
+    @property
+    def mixer(self) -> Module | None:
+        """What attends in place of softmax attention, None where nothing does."""
+        return getattr(self.module, "mixer", None)
+
     def projections(self) -> Iterator[tuple[str, Projection]]:
-        yield from (("query", self.query), ("key", self.key), ("value", self.value), ("output", self.output))
+        if not self.absent:
+            yield from (("query", self.query), ("key", self.key), ("value", self.value), ("output", self.output))
 
 
 @dataclass(frozen=True, eq=False)
 class FeedForward:
-    """down(activation(up(x))), or down(activation(gate(x)) * up(x)); ``activation`` as ACT2FN names it."""
+    """down(activation(up(x))), or down(activation(gate(x)) * up(x)); ``activation`` as ACT2FN names it. One that was
+    dropped has no neurons, and no projections to list."""
 
     path: str
     gate: Projection | None
@@ -148,7 +160,14 @@ class FeedForward:
     def intermediate_size(self) -> int:
         return self.up.out_features
 
+    @property
+    def absent(self) -> bool:
+        """Whether it was dropped: the stream passes by."""
+        return self.intermediate_size == 0
+
     def projections(self) -> Iterator[tuple[str, Projection]]:
+        if self.absent:
+            return
         if self.gate is not None:
             yield "gate", self.gate
         yield from (("up", self.up), ("down", self.down))
@@ -157,7 +176,7 @@ class FeedForward:
 @dataclass(frozen=True, eq=False)
 class Layer:
     """One layer; ``index`` counts within its stack. ``parallel``: attention and feed-forward read the same
-    residual stream and are added to it together."""
+    residual stream and are added to it together. A sub-layer that was dropped is still named, and ``absent``."""
 
     path: str
     module: Module
@@ -170,9 +189,19 @@ class Layer:
     parallel: bool = False
 
     def attentions(self) -> Iterator[Attention]:
-        yield self.attention
-        if self.cross_attention is not None:
-            yield self.cross_attention
+        """Those that are there."""
+        for attention in (self.attention, self.cross_attention):
+            if attention is not None and not attention.absent:
+                yield attention
+
+    def sublayers(self) -> dict[str, Attention | FeedForward]:
+        """The residual branches that are there, by name, in the order of computation."""
+        named = {
+            "attention": self.attention,
+            "cross_attention": self.cross_attention,
+            "feed_forward": self.feed_forward,
+        }
+        return {name: part for name, part in named.items() if part is not None and not part.absent}
 
     def norm(self, place: str, reads: str) -> Norm | None:
         """The norm of a sub-layer at a place, None where the layer has none there."""

@@ -52,7 +52,7 @@ def read_layers(base: Module, stack: StackPaths, family: Family) -> Iterator[Lay
                 norm.reads,
             )
             for norm in stack.norms
-            if has(module, norm.path)
+            if has(module, norm.path) and not isinstance(module.get_submodule(norm.path), nn.Identity)
         )
         yield Layer(
             path=path,
@@ -91,6 +91,15 @@ def _join(prefix: str, path: str) -> str:
     return f"{prefix}.{path}" if path else prefix
 
 
+def _writer(layer: Module, path: str, name: str) -> Projection:
+    """The linear at ``name``, or the one inside a part that stands around it (and says so by ``wraps``)."""
+    module = layer.get_submodule(name)
+    inner = getattr(module, "wraps", None)
+    if isinstance(inner, str):
+        module, name = getattr(module, inner), f"{name}.{inner}"
+    return Projection(_join(path, name), module)
+
+
 def _attention_modules(where: AttentionPaths) -> Iterable[str | None]:
     return where.module, where.query, where.key, where.value, where.fused, where.output
 
@@ -115,7 +124,7 @@ def _attention(
 ) -> Attention:
     module = layer.get_submodule(where.module)
     head_dim = head_dim_of(module)
-    output = Projection(_join(path, where.output), layer.get_submodule(where.output))
+    output = _writer(layer, path, where.output)
     if where.fused is None:
         query, key, value = (
             Projection(_join(path, name), layer.get_submodule(name))
@@ -135,7 +144,8 @@ def _attention(
         query, key, value = (Projection(_join(path, where.fused), fused, part) for part in parts)
     extra = tuple(Projection(_join(path, name), layer.get_submodule(name)) for name in where.extra if has(layer, name))
     positions, terms = 0, 0
-    if where.positions and has(base, where.positions):
+    absent = query.out_features == 0
+    if where.positions and has(base, where.positions) and not absent:
         positions = base.get_submodule(where.positions).weight.shape[0]
         terms = len(set(getattr(base.config, where.position_terms or "", None) or ()))
     return Attention(
@@ -149,8 +159,8 @@ def _attention(
         head_dim=head_dim,
         causal=bool(getattr(module, "is_causal", causal)) and not cross,
         cross=cross,
-        query_norm=layer.get_submodule(where.query_norm) if where.query_norm else None,
-        key_norm=layer.get_submodule(where.key_norm) if where.key_norm else None,
+        query_norm=None if absent or not where.query_norm else layer.get_submodule(where.query_norm),
+        key_norm=None if absent or not where.key_norm else layer.get_submodule(where.key_norm),
         positions=positions,
         position_terms=terms,
     )
@@ -172,6 +182,6 @@ def _feed_forward(base: Module, layer: Module, path: str, stack: StackPaths, fam
         path=_join(path, where.module),
         gate=gate,
         up=up,
-        down=Projection(_join(path, where.down), layer.get_submodule(where.down)),
+        down=_writer(layer, path, where.down),
         activation=activation if isinstance(activation, str) else type(activation).__name__,
     )

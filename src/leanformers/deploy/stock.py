@@ -8,6 +8,7 @@ from typing import Any
 
 from leanformers.anatomy import Anatomy, Layer
 from leanformers.errors import LeanError
+from leanformers.parts.dense_sparse import DenseSparseLinear
 from leanformers.parts.linear import LowRankLinear
 from leanformers.parts.masked import MaskedLinear
 from leanformers.parts.quantised import Int8Rows
@@ -36,7 +37,9 @@ def obstacles(model: Any) -> list[str]:
         found += _uneven_widths(name, layers)
         found += _uneven_heads(name, layers)
     modules = dict(anatomy.base.named_modules())
-    if low_rank := {path: m for path, m in modules.items() if isinstance(m, LowRankLinear)}:
+    if mixed := [a.path for layer in anatomy.layers for a in layer.attentions() if a.mixer is not None]:
+        found.append(f"{mixed[0]}{f' and {len(mixed) - 1} more' if mixed[1:] else ''} attend by a rule of their own")
+    if low_rank := {path: m for path, m in modules.items() if isinstance(m, LowRankLinear | DenseSparseLinear)}:
         extra = sum(_multiplied_out(module) for module in low_rank.values())
         found.append(f"{_linears(low_rank)} factorised: multiplied out they take {extra:+,} parameters")
     if masked := {path: m for path, m in modules.items() if isinstance(m, MaskedLinear)}:
@@ -82,7 +85,7 @@ def _weights_per_neuron(layer: Layer) -> int:
     return part.down.out_features * (2 if part.gate is None else 3)
 
 
-def _multiplied_out(module: LowRankLinear) -> int:
+def _multiplied_out(module: LowRankLinear | DenseSparseLinear) -> int:
     whole = module.out_features * module.in_features
     return whole - sum(p.numel() for name, p in module.named_parameters() if not name.endswith("bias"))
 

@@ -24,6 +24,7 @@ edits and training; it holds no save code, no training loop and no module surger
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -99,6 +100,14 @@ class MethodInfo:
     @property
     def settings(self) -> tuple[Setting, ...]:
         return read_settings(self.cls)
+
+    @property
+    def edits(self) -> tuple[str, ...]:
+        """Types of the edits that its file names, which are those that it may make."""
+        from leanformers.surgery import Edit
+
+        named = vars(sys.modules[self.cls.__module__]).values()
+        return tuple(sorted({v.type for v in named if isinstance(v, type) and issubclass(v, Edit) and v is not Edit}))
 
     def build(self, settings: Mapping[str, Any] | None = None) -> Any:
         """The method with these settings; LeanError names an unknown setting or a wrong value."""

@@ -54,7 +54,7 @@ class Subject:
 
         return Anatomy.of(self.model)
 
-    def apply(self, edit: Any, **tensors: torch.Tensor) -> None:
+    def apply(self, edit: Any, **tensors: Any) -> None:
         """Edit the model in place and write the edit into its ledger."""
         from leanformers.surgery import apply
 

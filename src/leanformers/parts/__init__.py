@@ -5,6 +5,8 @@ Every part is built from shapes alone (`Part.like(old, …)`, on any device, met
 can fill an empty part by name.
 """
 
+from leanformers.parts.absent import AbsentAttention, AbsentLinear
+from leanformers.parts.dense_sparse import DenseSparseLinear
 from leanformers.parts.linear import LowRankLinear
 from leanformers.parts.masked import MaskedLinear
 from leanformers.parts.quantised import QuantisedLinear
@@ -13,12 +15,17 @@ from leanformers.parts.quantised_embedding import (
     TiedQuantisedEmbedding,
     TiedQuantisedHead,
 )
+from leanformers.parts.top_k import TopK
 
 __all__ = [
+    "AbsentAttention",
+    "AbsentLinear",
+    "DenseSparseLinear",
     "LowRankLinear",
     "MaskedLinear",
     "QuantisedEmbedding",
     "QuantisedLinear",
     "TiedQuantisedEmbedding",
     "TiedQuantisedHead",
+    "TopK",
 ]

@@ -3,12 +3,17 @@
 Registered with transformers under the name ``leanformers``. A mixer is a submodule named ``mixer`` of the attention
 module that calls; it is handed ::
 
-    mixer(query, key, value, *, padding, causal, scaling, dropout, position_bias) -> [batch, length, heads, head_dim]
+    mixer(query, key, value, *, padding, causal, scaling, dropout, position_bias, mask)
+        -> [batch, length, heads, head_dim]
 
 with query, key, value as [batch, heads, length, head_dim] (keys and values of grouped queries keep their fewer
 heads), ``padding`` bool [batch, key length], true where a token is real, or None where nothing is padded, and
-``position_bias`` [1 or batch, heads, length, key length] or None, to be added to the scores. Masks are SDPA's own, so
-that the fallback is SDPA to the bit; the padding is read off its last row, which sees every real key.
+``position_bias`` [1 or batch, heads, length, key length] or None, to be added to the scores. ``mask`` is all that
+limits the view in one (padding, causality, sliding windows), bool [batch, 1, length, key length], true where a key is
+seen; None leaves it to ``causal``. Masks are SDPA's own, so that the fallback is SDPA to the bit; the padding is read
+off its last row, which sees every real key (but for sliding windows).
+
+``put_mixer`` and ``switch_on`` are what the edit ``swap_attention`` does.
 """
 
 from __future__ import annotations
@@ -65,8 +70,49 @@ def attend(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=dropout,
         position_bias=position_bias,
+        mask=attention_mask,
     )
     return output, None
+
+
+def put_mixer(module: nn.Module, mixer: nn.Module) -> None:
+    """Let ``mixer`` attend in place of softmax in this attention module, which then refuses to run without it."""
+    take_mixer(module)
+    module.mixer = mixer
+    module.register_forward_pre_hook(_refuse_others)
+
+
+def take_mixer(module: nn.Module) -> None:
+    """Undo ``put_mixer``; nothing where there is no mixer."""
+    module._modules.pop("mixer", None)
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is _refuse_others:
+            del module._forward_pre_hooks[key]
+
+
+def _refuse_others(module: Any, args: Any) -> None:
+    """Another attention function would pass over the mixer in silence."""
+    name = module.config._attn_implementation
+    if not str(name).endswith(NAME):  # training records what passes under a longer name
+        raise LeanError(
+            f"The model holds a mixer, but its attention is set to {name!r}: call "
+            f"model.set_attn_implementation({NAME!r})."
+        )
+
+
+def switch_on(model: Any, name: str | None = None) -> str:
+    """Set the attention function of the model and of all its parts; returns what it was.
+
+    ``name``: by default this one, registered if need be.
+    """
+    before = str(model.config._attn_implementation)
+    name = register() if name is None else name
+    model.set_attn_implementation(name)
+    for module in model.modules():  # T5's stacks have configs of their own
+        config = getattr(module, "config", None)
+        if config is not None and getattr(config, "_attn_implementation", name) != name:
+            config._attn_implementation = name
+    return before
 
 
 def register() -> str:

@@ -19,12 +19,13 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
 
 def unpack_bits(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """The inverse of `pack_bits`: uint8 `[ceil(n / 8)]` -> bool of the given shape."""
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    bits = (packed[:, None] >> places) & 1  # [bytes, 8]
+    # Not by shifting, for which exporters have no operation.
+    places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=packed.device)
+    bits = (packed[:, None] & places) != 0  # [bytes, 8]
     count = 1
     for size in shape:
         count *= size
-    return bits.reshape(-1)[:count].reshape(shape).bool()
+    return bits.reshape(-1)[:count].reshape(shape)
 
 
 def parse_pattern(pattern: str, in_features: int) -> tuple[int, int] | None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from leanformers.surgery.edit import Cost, Edit, edit_types, from_json
     from leanformers.surgery.edits import (
         DropLayers,
+        DropSublayers,
         FactoriseLinear,
         KeepHeads,
         KeepNeurons,
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
         MaskWeights,
         QuantiseEmbeddings,
         QuantiseLinear,
+        SliceResidual,
+        SwapAttention,
     )
     from leanformers.surgery.lean_config import apply, ledger
     from leanformers.surgery.stock import stock_config, tier
@@ -36,6 +39,7 @@ _WHERE = {
     "save_delta": "delta",
     "content_hash": "delta",
     "DropLayers": "edits",
+    "DropSublayers": "edits",
     "FactoriseLinear": "edits",
     "KeepHeads": "edits",
     "KeepNeurons": "edits",
@@ -43,11 +47,14 @@ _WHERE = {
     "MaskWeights": "edits",
     "QuantiseEmbeddings": "edits",
     "QuantiseLinear": "edits",
+    "SliceResidual": "edits",
+    "SwapAttention": "edits",
 }
 
 __all__ = [
     "Cost",
     "DropLayers",
+    "DropSublayers",
     "Edit",
     "FactoriseLinear",
     "KeepHeads",
@@ -56,6 +63,8 @@ __all__ = [
     "MaskWeights",
     "QuantiseEmbeddings",
     "QuantiseLinear",
+    "SliceResidual",
+    "SwapAttention",
     "apply",
     "content_hash",
     "edit_types",

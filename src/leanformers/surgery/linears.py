@@ -15,6 +15,7 @@ from torch import nn
 
 from leanformers.anatomy import is_conv1d, linear_shape
 from leanformers.errors import LeanError
+from leanformers.parts.dense_sparse import DenseSparseLinear
 from leanformers.parts.linear import LowRankLinear
 from leanformers.parts.masked import MaskedLinear, pack_bits
 from leanformers.parts.quantised import QuantisedLinear
@@ -54,7 +55,11 @@ def _check(module: nn.Module, axis: int, index: torch.Tensor, path: str) -> None
         _check(module.down if axis else module.up, axis, index, path)
     elif isinstance(module, QuantisedLinear):
         raise LeanError(f"{path} is quantised and cannot be cut any more: make structural edits before quantising.")
-    elif isinstance(module, MaskedLinear) and axis == 1 and module.pattern != "unstructured":
+    elif isinstance(module, DenseSparseLinear):
+        raise LeanError(
+            f"{path} holds a dictionary and cannot be cut any more: make structural edits before factorising."
+        )
+    elif isinstance(module, MaskedLinear) and axis == 1 and module.pattern != "unstructured" and not index.is_meta:
         group = int(module.pattern.split(":")[1])
         whole = index.view(-1, group) if len(index) % group == 0 else None
         if whole is None or (whole != whole[:, :1] // group * group + torch.arange(group)).any():

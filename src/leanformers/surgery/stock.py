@@ -47,6 +47,8 @@ def stock_config(model: Any) -> Any | None:
 
 def _describe(anatomy: Anatomy, config: Any) -> None:
     """Write sizes that all layers of a stack share into the config."""
+    if hasattr(config, "hidden_size") and config.hidden_size != anatomy.hidden_size:
+        config.hidden_size = anatomy.hidden_size
     for name, layers in anatomy.stacks.items():
         widths = {layer.feed_forward.intermediate_size for layer in layers}
         heads = {(a.num_attention_heads, a.num_key_value_heads) for layer in layers for a in layer.attentions()}

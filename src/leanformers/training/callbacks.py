@@ -1,8 +1,10 @@
-"""What methods may do between the steps of a training: masks, gates, schedules."""
+"""What methods may add to a training: something between its steps, a term of its loss; schedules for both."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
 
 
 @runtime_checkable
@@ -14,6 +16,26 @@ class Callback(Protocol):
     """
 
     def after_step(self, model: Any, step: int, total: int) -> None: ...
+
+
+class Penalty(nn.Module):
+    """A term that a training adds to its loss, with parameters of its own: gates, scores, multipliers.
+
+    Its parameters train beside the model's and are never saved with it; its buffers travel in the checkpoints, so
+    that a schedule kept in a buffer goes on after a resume. It is a callback as well, called before the others.
+    """
+
+    def forward(self) -> Tensor:
+        """Scalar, in the loss's unit, added once to each optimiser step. The model has run by then."""
+        raise NotImplementedError
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimiser's groups: {"params": parameters, "lr": peak, "weight_decay": …, "maximize": whether it is
+        gradient ascent}. What it leaves out takes the training's own settings."""
+        return []
+
+    def after_step(self, model: Any, step: int, total: int) -> None:
+        """As a callback's."""
 
 
 def progress_of(step: int, total: int, start: float = 0.0, end: float = 1.0) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 
 from leanformers.errors import LeanError
 from leanformers.training import folder, state
-from leanformers.training.callbacks import Callback
+from leanformers.training.callbacks import Callback, Penalty
 from leanformers.training.capture import fingerprint, plain
 from leanformers.training.distillation import Distillation
 from leanformers.training.errors import TrainingDiverged
@@ -84,6 +84,7 @@ def fit(
     output_dir: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float = 60.0,
     callbacks: Sequence[Callback] = (),
+    penalty: Penalty | None = None,
     progress: Any = True,
 ) -> TrainResult:
     """Train `model` in place, on the device where it is; it comes back in eval mode.
@@ -93,7 +94,8 @@ def fit(
         batch_size: examples per forward pass (and process); accumulation: forward passes per optimiser step.
         weight_decay: not of biases and norms. warmup: share of the steps. clip: largest gradient norm.
         dropout: probability to train with; None for the model's own, for long trainings and from scratch.
-        freeze: what is not trained: "embeddings" (the token table; tied heads with it) or paths of modules.
+        freeze: what is not trained: "embeddings" (the token table; tied heads with it), paths of modules, or "all"
+            of the model where a penalty has parameters to train.
         bf16: compute in bfloat16, on CUDA only. Half-precision weights are trained in float32 and cast back.
         limit: the first so many rows of the split.
         distillation, teacher: see Distillation; a teacher alone takes the defaults of the task's kind.
@@ -101,6 +103,7 @@ def fit(
             same arguments, and a finished one is loaded. None leaves no files behind.
         checkpoint_seconds: between two checkpoints.
         callbacks: objects with after_step(model, step, total).
+        penalty: a term of the loss with parameters that train beside the model's; see Penalty.
         progress: False, True, or a running rich.progress.Progress to add a line to.
 
     Raises:
@@ -119,11 +122,15 @@ def fit(
     with contextlib.ExitStack() as stack:
         stack.enter_context(state.kept_randomness())
         stack.callback(model.eval)
+        if penalty is not None:
+            stack.callback(penalty.eval)
+        stack.enter_context(state.frozen(model, freeze, penalty))  # a model that is frozen whole keeps its precision
         stack.enter_context(state.full_precision(model))
-        stack.enter_context(state.frozen(model, freeze))
         stack.enter_context(state.dropout(model, dropout))
         stack.enter_context(state.without_cache(plain(model)))
-        objective = pair(model, task, tokenizer, distillation, teacher, split=split, limit=limit, seed=seed)
+        objective = pair(
+            model, task, tokenizer, distillation, teacher, split=split, limit=limit, seed=seed, penalty=penalty
+        )
         if teacher is not None:
             teacher.prepare(split, limit, progress=progress)
         place = folder.opened(output_dir, stack)
@@ -135,6 +142,8 @@ def fit(
                 "teacher": None if teacher is None else teacher.fingerprint,
                 "model": fingerprint(model),
             }
+            if penalty is not None:
+                identity["penalty"] = fingerprint(penalty)
             folder.identify(place, identity)
         return _run(objective, features, given, place)
 
@@ -170,7 +179,7 @@ def _run(objective: Objective, features: Sequence[Any], given: dict[str, Any], p
             features,
             given["tokenizer"],
             causal=objective.distillation is not None and objective.distillation.causal,
-            callbacks=given["callbacks"],
+            callbacks=[*([given["penalty"]] if given["penalty"] is not None else []), *given["callbacks"]],
             checkpoint_seconds=given["checkpoint_seconds"],
             advance=advance,
         )

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from leanformers.training.batches import INDEX, counted_labels
+from leanformers.training.callbacks import Penalty
 from leanformers.training.capture import recording
 from leanformers.training.distillation import TOKEN_KINDS, DistillationLoss
 from leanformers.training.teacher import Teacher
 
 
 class Objective(nn.Module):
-    """alpha * teacher + (1 - alpha) * labels + inner losses; labels alone without a teacher.
+    """alpha * teacher + (1 - alpha) * labels + inner losses; labels alone without a teacher; plus the penalty.
 
     It wraps the student, so that Trainer meets neither a bare encoder, which it refuses, nor a quantised
     model, and so that a learned projection is trained beside the student and never saved with it.
@@ -30,9 +31,11 @@ class Objective(nn.Module):
         token_map: Tensor | None = None,
         split: str = "train",
         limit: int | None = None,
+        penalty: Penalty | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.penalty = penalty
         self.task = task
         self.distillation = distillation
         self.teacher = teacher
@@ -56,7 +59,7 @@ class Objective(nn.Module):
             if settings.inner or not self.teacher.stored:
                 target, seen = self.teacher.live(batch, token_map=self.token_map, hidden=hidden, attention=attention)
             elif settings.alpha:
-                length = batch["input_ids"].shape[1]
+                length = batch["input_ids"].shape[1] if "input_ids" in batch else None
                 target = self.teacher.outputs(
                     batch[INDEX], self.split, self.limit, length=length, device=outputs.device
                 )
@@ -70,6 +73,8 @@ class Objective(nn.Module):
             term = self._label_loss(outputs, batch, counts)
             loss = hard * term if loss is None else loss + hard * term
         assert loss is not None
+        if self.penalty is not None:  # its micro-batches' shares make one
+            loss = loss + self.penalty() * (len(batch[INDEX]) / counts["rows"])
         return loss
 
     def _label_loss(self, outputs: Tensor, batch: dict[str, Any], counts: dict[str, float]) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from leanformers.errors import LeanError
+from leanformers.training.callbacks import Penalty
 from leanformers.training.capture import plain
 from leanformers.training.distillation import TOKEN_KINDS, Distillation, DistillationLoss
 from leanformers.training.objective import Objective
@@ -23,6 +24,7 @@ def pair(
     split: str = "train",
     limit: int | None = None,
     seed: int = 0,
+    penalty: Penalty | None = None,
 ) -> Objective:
     """What is trained: the model with its labels alone, or with its teacher.
 
@@ -31,7 +33,7 @@ def pair(
             or stores what these settings cannot use.
     """
     if distillation is None or teacher is None:
-        return Objective(model, task)
+        return Objective(model, task, penalty=penalty)
     distillation = distillation.resolved(task.kind)
     _check(model, task, teacher)
     by_token = task.kind in TOKEN_KINDS or distillation.inner
@@ -52,6 +54,12 @@ def pair(
         from leanformers.anatomy import Anatomy
 
         ours, theirs = Anatomy.of(plain(model)), Anatomy.of(plain(teacher.model))
+        gone = [layer.path for one in (ours, theirs) for layer in one.layers if layer.attention.absent]
+        if gone and (distillation.attention or distillation.relation_layer is not None):
+            raise LeanError(
+                f"The attention of {gone[0]} was dropped, so attention is not matched layer by layer: "
+                "set attention to 0 and leave out relation_layer."
+            )
         torch.manual_seed(seed)  # of the learned projection
         loss = DistillationLoss(
             distillation,
@@ -62,7 +70,16 @@ def pair(
         ).to(device)
     else:
         loss = DistillationLoss(distillation, task.kind)
-    return Objective(model, task, distillation=loss, teacher=teacher, token_map=token_map, split=split, limit=limit)
+    return Objective(
+        model,
+        task,
+        distillation=loss,
+        teacher=teacher,
+        token_map=token_map,
+        split=split,
+        limit=limit,
+        penalty=penalty,
+    )
 
 
 def _check(model: Any, task: Any, teacher: Teacher) -> None:

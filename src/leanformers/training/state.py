@@ -50,24 +50,28 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def frozen(model: Any, names: Sequence[str]) -> Iterator[None]:
-    """Take modules out of training: "embeddings", the input token table, or paths in the model or its base.
+def frozen(model: Any, names: Sequence[str], beside: nn.Module | None = None) -> Iterator[None]:
+    """Take modules out of training: "embeddings", the input token table, "all", or paths in the model or its base.
+
+    beside: what is trained beside the model, if anything is.
 
     Raises:
         LeanError: a name that is no module, or nothing is left to train.
     """
     chosen: list[nn.Parameter] = []
     for name in names:
-        module = model.get_input_embeddings() if name == "embeddings" else _find(model, name)
+        named = {"embeddings": model.get_input_embeddings, "all": lambda: model}
+        module = named[name]() if name in named else _find(model, name)
         if module is None:
             raise LeanError(
-                f"{type(model).__name__} has no module {name!r} to freeze; use 'embeddings' or a module path."
+                f"{type(model).__name__} has no module {name!r} to freeze; use 'embeddings', 'all' or a module path."
             )
         chosen += [p for p in module.parameters() if p.requires_grad]
     for parameter in chosen:
         parameter.requires_grad_(False)
     try:
-        if not any(p.requires_grad for p in model.parameters()):
+        trained = [*model.parameters(), *(beside.parameters() if beside is not None else ())]
+        if not any(p.requires_grad for p in trained):
             raise LeanError("Nothing is left to train: every parameter of the model is frozen or quantised.")
         yield
     finally:

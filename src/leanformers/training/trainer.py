@@ -121,6 +121,21 @@ class LeanTrainer(Trainer):
             total = dict(zip(total, summed.tolist(), strict=True))
         return samples, total
 
+    # -- optimiser -----------------------------------------------------------------------------------------
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with the groups that the penalty asks for in place of its own choice for them."""
+        if self.optimizer is None and self.objective.penalty is not None:
+            groups = self.objective.penalty.groups()
+            apart = {id(parameter) for group in groups for parameter in group["params"]}
+            optimizer = super().create_optimizer(*args, **kwargs)
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in apart]
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+            for group in groups:
+                optimizer.add_param_group(group)
+        return super().create_optimizer(*args, **kwargs)
+
     # -- loss ----------------------------------------------------------------------------------------------
 
     def compute_loss(

@@ -140,5 +140,6 @@ ENCODERS: tuple[Family, ...] = (
         writes=(*_TABLES, "encoder.rel_embeddings.weight"),
         inputs=("embeddings.embed_proj",),
         outputs=("pooler.dense", "cls.predictions.transform.dense", "lm_predictions.lm_head.dense"),
+        fixed_width=("encoder.conv",),
     ),
 )

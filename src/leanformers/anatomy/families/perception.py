@@ -84,6 +84,7 @@ PERCEPTION: tuple[Family, ...] = (
         writes=_TOKENS,
         inputs=_PATCHES,
         stock_heads="fixed_head_dim",
+        fixed_width=("classifier",),  # reads the class token and the mean of the patches side by side
     ),
     Family(
         name="audio-spectrogram-transformer",
@@ -93,6 +94,7 @@ PERCEPTION: tuple[Family, ...] = (
         writes=_TWO_TOKENS,
         inputs=_PATCHES,
         stock_heads="fixed_head_dim",
+        fixed_width=("classifier",),  # norms the mean of two tokens before it reads it
     ),
     Family(
         # A grouped convolution over the stream itself adds the positions, before the first layer.
@@ -133,5 +135,6 @@ PERCEPTION: tuple[Family, ...] = (
         writes=("masked_spec_embed",),
         inputs=("feature_projection.projection",),
         outputs=("lm_head", "projector"),
+        fixed_width=("encoder.pos_conv_embed",),
     ),
 )

@@ -45,6 +45,13 @@ class DropLayersMethod:
         step = (count - 1) / (size - 1)
         return DropLayers(keep=tuple(round(index * step) for index in range(size)), stack=stack)
 
+    def refuses(self, anatomy: Any, task: Any) -> str | None:
+        try:
+            self._edit(anatomy).cost(anatomy)
+        except LeanError as error:
+            return str(error).removeprefix("method 'drop-layers': ").rstrip(".")
+        return None
+
     def estimate(self, anatomy: Any, length: int = 128) -> Saving:
         cost = self._edit(anatomy).cost(anatomy)
         return Saving(parameters=cost.parameters, flops=cost.flops(length))

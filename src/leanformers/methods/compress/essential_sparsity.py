@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 import torch
 
-from leanformers.anatomy import Anatomy, is_dense
+from leanformers.anatomy import Anatomy
 from leanformers.errors import LeanError
 from leanformers.methods.base import Subject, method, setting
+from leanformers.methods.pruning import drop_smallest, global_counts, prunable
 from leanformers.parts.masked import parse_pattern
 from leanformers.surgery import MaskWeights
 
@@ -75,26 +76,6 @@ class EssentialSparsity:
         return []
 
 
-def prunable(anatomy: Anatomy) -> list[tuple[str, torch.Tensor]]:
-    """Path and weight [out, in] of every float linear of the blocks, fused ones whole."""
-    found = []
-    for path, projection in anatomy.linears().items():
-        if is_dense(projection.module):
-            weight = projection.weight()
-            if not weight.is_floating_point():
-                raise LeanError(f"{path} holds {weight.dtype} weights: load the model unquantised to mask it.")
-            found.append((path, weight))
-    return found
-
-
-def drop_smallest(score: torch.Tensor, count: int) -> torch.Tensor:
-    """Bool mask [out, in], false at the ``count`` smallest scores; equal ones go in order of position."""
-    order = score.flatten().argsort(stable=True)
-    mask = torch.ones(score.numel(), dtype=torch.bool, device=score.device)
-    mask[order[:count]] = False
-    return mask.view(score.shape)
-
-
 def keep_n_of_m(score: torch.Tensor, pattern: str) -> torch.Tensor:
     """Bool mask [out, in] that keeps the N largest scores of every M consecutive inputs."""
     structure = parse_pattern(pattern, score.shape[1])
@@ -104,30 +85,3 @@ def keep_n_of_m(score: torch.Tensor, pattern: str) -> torch.Tensor:
     grouped = score.view(score.shape[0], -1, group)
     rank = grouped.argsort(dim=-1, descending=True, stable=True)[..., :kept]
     return torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, rank, True).view(score.shape)
-
-
-def global_counts(scores: Any, total: int) -> dict[str, int]:
-    """How many of the ``total`` smallest scores lie in each tensor.
-
-    ``scores()`` iterates (name, non-negative tensor) anew at each call. The threshold is found by bisection on the
-    float's bits, so that no more than one tensor's scores are held at a time; what ties at the threshold is
-    taken in the order of the tensors.
-    """
-    low, high = 0, 0x7F800000  # bit patterns of non-negative float32 sort like the numbers
-    while low < high:  # the smallest bit pattern with at least `total` scores at or below it
-        middle = (low + high) // 2
-        if sum(_at_most(score, middle) for _, score in scores()) >= total:
-            high = middle
-        else:
-            low = middle + 1
-    below = {name: _at_most(score, low - 1) for name, score in scores()}
-    left = total - sum(below.values())
-    counts = {}
-    for name, score in scores():
-        ties = min(left, _at_most(score, low) - below[name]) if left > 0 else 0
-        counts[name], left = below[name] + ties, left - ties
-    return counts
-
-
-def _at_most(score: torch.Tensor, bits: int) -> int:
-    return int((score.view(torch.int32) <= bits).sum()) if bits >= 0 else 0

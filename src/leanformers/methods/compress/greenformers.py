@@ -80,6 +80,11 @@ class Greenformers:
         generator = torch.Generator().manual_seed(seed + sum(path.encode()))
         return random(weight, rank, generator)
 
+    def refuses(self, anatomy: Anatomy, task: Any) -> str | None:
+        if not any(_plain(anatomy.module(path)) for path in anatomy.paths(self.roles)):
+            return "it has no plain linears of these roles; factorise before other edits on them"
+        return None if self._ranks(anatomy) else "no linear would get smaller at this rank; lower it"
+
     def estimate(self, anatomy: Anatomy, length: int = 128) -> Saving:
         parameters = flops = 0
         for path, rank in self._ranks(anatomy).items():

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from leanformers.errors import LeanError
 from leanformers.methods.base import Choice, Range, Saving, Subject, method, setting
 from leanformers.surgery import KeepVocabulary
@@ -99,7 +101,7 @@ class KeepVocabularyMethod:
     def refuses(self, anatomy: Any, task: Any) -> str | None:
         if not anatomy.is_text:
             return "it reads no tokens"
-        if not hasattr(anatomy.embeddings, "num_embeddings"):
+        if not isinstance(anatomy.embeddings, nn.Embedding):
             return "its embeddings are already quantised; cut the vocabulary first"
         return None
 

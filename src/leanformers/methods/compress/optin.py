@@ -8,7 +8,8 @@ Choices where paper and reference code differ (the card): block outputs after th
 token rows serves all units; ``balance`` scales the logit term by the ratio of the medians, once, instead of unit by
 unit; there is no prior on a unit's index. With grouped queries a unit is a key/value head with its query heads.
 Every block keeps at least one head and one neuron. ``neuron_group`` above 1 scores neurons of like outgoing norm
-together, which is not in the paper and divides the passes by it; ``multiple`` rounds it up. Left out: OPTIN_tau (token reduction).
+together, which is not in the paper and divides the passes by it; ``multiple`` rounds it up. Left out: OPTIN_tau
+(token reduction).
 Cost: one masked pass over the later blocks per unit; memory for the reference features of one batch.
 """
 
@@ -22,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanformers.anatomy import Anatomy, Attention, FeedForward
+from leanformers.anatomy import Anatomy, Attention, FeedForward, is_dense, is_linear
 from leanformers.methods.base import Choice, Range, Saving, Subject, method, setting
+from leanformers.parts import LowRankLinear
 from leanformers.surgery import KeepHeads, KeepNeurons
 
 Unit = tuple[int, str, tuple[int, ...]]  # layer, "head" or "neuron", indices
@@ -65,7 +67,11 @@ class Optin:
     def refuses(self, anatomy: Anatomy, task: Any) -> str | None:
         if len(anatomy.stacks) > 1 or not anatomy.is_text:
             return "it scores text models of one stack"
-        least = sum(_head_cost(a, 1, 1) for a in (layer.attention for layer in anatomy.layers))
+        for path, projection in anatomy.linears().items():
+            for part in projection.module.modules():
+                if is_linear(part) and not is_dense(part) and not isinstance(part, LowRankLinear):
+                    return f"{path} is a {type(part).__name__}, which cannot be cut any more; prune before that"
+        least = sum(_head_cost(a, 1, 1) for a in (layer.attention for layer in anatomy.layers) if not a.absent)
         if self.budget * _total(anatomy, 1) < least:
             return f"a budget of {self.budget} is below the cost of one head per layer"
         return None
@@ -136,6 +142,8 @@ class Scorer:
             if not self.anatomy.family.shared_position_bias:
                 for head in range(layer.attention.num_key_value_heads):
                     yield index, "head", (head,)
+            if layer.feed_forward.absent:
+                continue
             norms = layer.feed_forward.down.weight().float().norm(dim=0)
             together = -(-self.settings.neuron_group // self.settings.multiple) * self.settings.multiple
             for group in norms.argsort(stable=True).split(together):
@@ -310,7 +318,7 @@ def _best_of_each_layer(units: list[Unit], scores: dict[Unit, float]) -> list[Un
 
 def _head_cost(attention: Attention, length: float, groups: int) -> float:
     """Multiply-adds of key/value heads with their query heads on one sequence."""
-    per = attention.num_attention_heads // attention.num_key_value_heads
+    per = attention.num_attention_heads // max(attention.num_key_value_heads, 1)
     width = attention.head_dim
     return groups * (length * attention.output.out_features * width * (2 * per + 2) + 2 * length**2 * width * per)
 

@@ -59,6 +59,8 @@ class Quantization:
     def refuses(self, anatomy: Anatomy, task: Any) -> str | None:
         if self.embeddings and not anatomy.is_text:
             return "it has no token embeddings"
+        if self.embeddings and not isinstance(anatomy.embeddings, nn.Embedding):
+            return f"its embeddings are a {type(anatomy.embeddings).__name__} already; set embeddings to false"
         return None
 
     def estimate(self, anatomy: Anatomy, length: int = 128) -> Saving:

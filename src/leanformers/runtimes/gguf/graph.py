@@ -128,7 +128,7 @@ def _check(anatomy: Anatomy, family: Family) -> None:
     config, wide = anatomy.config, float(anatomy.layers[0].attention.head_dim)
     if anatomy.family.name == "gemma3" and len(anatomy.layers) == 62:
         # llama.cpp knows Gemma 3 27B by its number of layers, and scales its scores by another size.
-        wide = anatomy.hidden_size / anatomy.layers[0].attention.num_attention_heads
+        wide = anatomy.hidden_size / max(layer.attention.num_attention_heads for layer in anatomy.layers)
     refusals = [
         (getattr(anatomy.head, "bias", None) is not None, "a bias on its head"),
         (getattr(config, "attn_logit_softcapping", None), "soft-capped attention"),
@@ -139,6 +139,7 @@ def _check(anatomy: Anatomy, family: Family) -> None:
         scale = getattr(attention.module, "scaling", wide**-0.5)
         other = feed_forward.activation != family.activation or feed_forward.gate is None
         refusals += [
+            (attention.mixer is not None, f"another rule of attention at {attention.path}"),
             (not attention.causal, f"attention that is not causal at {attention.path}"),
             (abs(scale * wide**0.5 - 1) > 1e-6, f"attention scores scaled by {scale} at {attention.path}"),
             (other, f"a feed-forward other than gated {family.activation} at {feed_forward.path}"),

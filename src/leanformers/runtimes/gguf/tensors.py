@@ -88,9 +88,15 @@ def _layer(graph: Graph, layer: Layer, name: str, heads: int) -> Iterator[Entry]
         ("pre", "feed_forward"): "ffn_norm",
         ("output", "feed_forward"): "post_ffw_norm",
     }
+    missing = [] if attention.absent and not heads else ["attn_norm"]
+    missing.append("ffn_norm")
     for norm in layer.norms:
         if heads or norm.reads != "attention":
-            yield _vector(f"{name}.{names[norm.place, norm.reads]}.weight", anatomy.gain(norm))
+            vector = names[norm.place, norm.reads]
+            missing = [other for other in missing if other != vector]
+            yield _vector(f"{name}.{vector}.weight", anatomy.gain(norm))
+    for vector in missing:  # it went with its sub-layer, whose stand-in of zeros does not mind
+        yield _vector(f"{name}.{vector}.weight", torch.ones(anatomy.hidden_size))
     if heads and not attention.num_attention_heads:
         for part in ("q", "k", "v"):
             yield _zeros(f"{name}.attn_{part}.weight", (graph.head_dim, anatomy.hidden_size))
@@ -106,11 +112,10 @@ def _layer(graph: Graph, layer: Layer, name: str, heads: int) -> Iterator[Entry]
                 gain = 1 + module.weight if anatomy.family.norm_offset else module.weight
                 yield _vector(f"{name}.{part}.weight", gain)
     for part, projection in feed_forward.projections():
-        if feed_forward.intermediate_size:
-            yield from _linear(f"{name}.ffn_{part}", projection)
-        else:
-            shape = (GONE_WIDTH, anatomy.hidden_size)
-            yield _zeros(f"{name}.ffn_{part}.weight", shape[::-1] if part == "down" else shape)
+        yield from _linear(f"{name}.ffn_{part}", projection)
+    for part in ("gate", "up", "down") if feed_forward.absent else ():
+        shape = (GONE_WIDTH, anatomy.hidden_size)
+        yield _zeros(f"{name}.ffn_{part}.weight", shape[::-1] if part == "down" else shape)
 
 
 def _linear(name: str, projection: Projection, head_dim: int | None = None) -> Iterator[Entry]:

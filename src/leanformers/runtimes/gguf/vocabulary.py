@@ -104,7 +104,9 @@ def _rule(backend: Backend) -> str:
         "or choose another runtime."
     )
     model = backend.model
-    if backend.kind != "BPE" or not backend.byte_level or model.get("byte_fallback") or model.get("dropout"):
+    if backend.kind != "BPE" or not backend.byte_level or model.get("dropout"):
+        raise refusal
+    if model.get("byte_fallback") and not backend.ids.keys() >= _alphabet():  # else no character ever falls back
         raise refusal
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise refusal
@@ -123,6 +125,13 @@ def _rule(backend: Backend) -> str:
                 "say: write the file without a tokenizer (tokenizer=None), or choose another runtime."
             )
     return rule[0]
+
+
+def _alphabet() -> set[str]:
+    """The characters that stand for the 256 bytes."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return set(ByteLevel.alphabet())
 
 
 def _pattern(parts: list[dict[str, Any]]) -> str | None:

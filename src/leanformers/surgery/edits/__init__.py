@@ -1,6 +1,7 @@
 """The edit vocabulary, one file each."""
 
 from leanformers.surgery.edits.drop_layers import DropLayers
+from leanformers.surgery.edits.drop_sublayers import DropSublayers
 from leanformers.surgery.edits.factorise import FactoriseLinear
 from leanformers.surgery.edits.keep_heads import KeepHeads
 from leanformers.surgery.edits.keep_neurons import KeepNeurons
@@ -8,9 +9,12 @@ from leanformers.surgery.edits.keep_vocabulary import KeepVocabulary
 from leanformers.surgery.edits.mask import MaskWeights
 from leanformers.surgery.edits.quantise import QuantiseLinear
 from leanformers.surgery.edits.quantise_embeddings import QuantiseEmbeddings
+from leanformers.surgery.edits.slice_residual import SliceResidual
+from leanformers.surgery.edits.swap_attention import SwapAttention
 
 __all__ = [
     "DropLayers",
+    "DropSublayers",
     "FactoriseLinear",
     "KeepHeads",
     "KeepNeurons",
@@ -18,4 +22,6 @@ __all__ = [
     "MaskWeights",
     "QuantiseEmbeddings",
     "QuantiseLinear",
+    "SliceResidual",
+    "SwapAttention",
 ]

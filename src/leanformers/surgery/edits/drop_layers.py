@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from leanformers.anatomy import Anatomy, count_parameters, linear_flops
+from leanformers.anatomy import Anatomy, Layer, count_parameters, linear_flops
 from leanformers.errors import LeanError
 from leanformers.surgery.config import set_field
 from leanformers.surgery.edit import Cost, Edit, edit
+
+
+def keep_position_bias(layers: Sequence[Layer], staying: Sequence[Layer]) -> None:
+    """T5 keeps the position bias of a whole stack in its first attention: it goes to the first that stays."""
+    modules: list[Any] = [layer.attention.module for layer in layers]
+    old = next((module for module in modules if getattr(module, "has_relative_attention_bias", False)), None)
+    new: Any = next((layer.attention.module for layer in staying if not layer.attention.absent), None)
+    if old is not None and new is not None and new is not old:
+        new.relative_attention_bias = old.relative_attention_bias
+        new.has_relative_attention_bias = True
 
 
 @edit("drop_layers")
@@ -30,6 +42,7 @@ class DropLayers(Edit):
         return next(iter(anatomy.stacks))
 
     def _check(self, anatomy: Anatomy) -> str:
+        anatomy.check_droppable()
         stack = self._stack(anatomy)
         anatomy.stack_paths(stack)
         count = len(anatomy.stacks[stack])
@@ -45,7 +58,7 @@ class DropLayers(Edit):
         stack = self._check(anatomy)
         paths = anatomy.stack_paths(stack)
         layers = anatomy.stacks[stack]
-        first = layers[0].attention.module
+        keep_position_bias(layers, [layers[index] for index in self.keep])
         kept = [layers[index].module for index in self.keep]
         parent, _, name = paths.layers.rpartition(".")
         owner = anatomy.module(parent) if parent else anatomy.base
@@ -57,11 +70,6 @@ class DropLayers(Edit):
             for module in layer.modules():
                 if isinstance(getattr(module, "layer_idx", None), int):
                     module.layer_idx = index
-        moved = layers[self.keep[0]].attention.module
-        if moved is not first and getattr(first, "has_relative_attention_bias", False):
-            # T5 keeps the bias of the whole stack in its first layer.
-            moved.relative_attention_bias = first.relative_attention_bias
-            moved.has_relative_attention_bias = True
         self._set_config(anatomy, owner, paths.num_layers)
 
     def _set_config(self, anatomy: Anatomy, owner: nn.Module, fields: tuple[str, ...]) -> None:
@@ -86,10 +94,11 @@ class DropLayers(Edit):
     def cost(self, anatomy: Anatomy) -> Cost:
         stack = self._check(anatomy)
         total = Cost()
+        heir = any(not layer.attention.absent for layer in anatomy.stacks[stack] if layer.index in self.keep)
         for layer in anatomy.stacks[stack]:
             if layer.index in self.keep:
                 continue
-            shared = getattr(layer.attention.module, "relative_attention_bias", None)
+            shared = getattr(layer.attention.module, "relative_attention_bias", None) if heir else None
             own = count_parameters(layer.module)
             own -= count_parameters(shared) if isinstance(shared, nn.Module) else 0
             total += Cost(parameters=-own)

@@ -14,6 +14,7 @@ from leanformers.parts.quantised_embedding import (
     TiedQuantisedHead,
 )
 from leanformers.surgery.edit import Cost, Edit, edit, on_meta
+from leanformers.surgery.tying import tied_names, untie
 
 
 @edit("quantise_embeddings")
@@ -54,31 +55,8 @@ class QuantiseEmbeddings(Edit):
                 continue
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent) if parent else model, leaf, part)
-        # Nothing is tied by weights any more: the parts hold one tensor between them.
-        for module in (model, *model.modules()):
-            declared = getattr(module, "_tied_weights_keys", None)
-            if isinstance(declared, dict):  # what tie_weights starts from when it is called again
-                vars(module)["_tied_weights_keys"] = {k: v for k, v in declared.items() if not k.endswith(".weight")}
-            keys = getattr(module, "all_tied_weights_keys", None)
-            if keys:
-                gone = [k for k, v in keys.items() if k.endswith(".weight") and _ends(source, v)]
-                vars(module)["all_tied_weights_keys"] = {k: v for k, v in keys.items() if k not in gone}
+        untie(model, source)  # nothing is tied by weights any more: the parts hold one tensor between them
 
     def cost(self, anatomy: Anatomy) -> Cost:
         self._table(anatomy)
         return Cost()
-
-
-def tied_names(model: nn.Module) -> set[str]:
-    """Names of the weights that are tied to the input embeddings, on a loaded model or a skeleton."""
-    keys: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    table = model.get_input_embeddings()  # type: ignore[operator]
-    own = {f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False) if module is table}
-    tied = set(own)
-    for _ in range(3):
-        tied |= {k for k, v in keys.items() if v in tied} | {v for k, v in keys.items() if k in tied}
-    return tied
-
-
-def _ends(source: str, name: str) -> bool:
-    return f"{source}.weight".endswith(name) or name.endswith(f"{source}.weight")
