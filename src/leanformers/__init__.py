@@ -8,6 +8,7 @@ so that the import itself costs nothing.
 
     frontier = lean.slim("./my-bert", task, goals=["latency<=0.5x", "quality>=0.99x"], out="runs/mine")
     model = lean.apply([{"method": "greenformers", "rank": 0.5}], model)
+    model = lean.pack(model)  # an encoder without padding: the same outputs, sooner
     lean.edit(model, edit) · lean.ledger(model) · lean.measure(model, task) · lean.Anatomy.of(model)
 """
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from leanformers.frontier.slim import slim
     from leanformers.measure import Measurement, compare, measure
     from leanformers.methods import Subject, method, methods
+    from leanformers.packing import pack
     from leanformers.recipe import Recipe, apply
     from leanformers.surgery import apply as edit
     from leanformers.surgery import ledger, tier
@@ -43,6 +45,7 @@ _PUBLIC = {
     "apply": "leanformers.recipe",
     "Recipe": "leanformers.recipe",
     "export": "leanformers.deploy",
+    "pack": "leanformers.packing",
     "edit": "leanformers.surgery:apply",
     "ledger": "leanformers.surgery",
     "tier": "leanformers.surgery",
@@ -61,7 +64,7 @@ _PUBLIC = {
 
 __all__ = [
     "LeanError", "__version__",
-    "slim", "Frontier", "apply", "Recipe", "export", "edit", "ledger", "tier", "Anatomy",
+    "slim", "Frontier", "apply", "Recipe", "export", "pack", "edit", "ledger", "tier", "Anatomy",
     "measure", "compare", "Measurement", "advise", "methods", "method", "Subject", "task", "Task", "load",
 ]  # fmt: skip
 

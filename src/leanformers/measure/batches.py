@@ -131,6 +131,22 @@ def real_batches(
     return found
 
 
+def arriving_batches(
+    task: Measurable, tokenizer: Any, *, batch_size: int = 16, count: int = 8, split: str = "test"
+) -> RealBatches:
+    """At most `count` batches of the split's first rows in the order in which they stand, each padded to its longest.
+
+    Raises:
+        LeanError: the split is empty.
+    """
+    rows = task.features(tokenizer, split, batch_size * count)[: batch_size * count]
+    if not len(rows):
+        raise LeanError(f"The split {split!r} of task {task.name!r} has no rows to measure on: add rows to it.")
+    groups = [rows[low : low + batch_size] for low in range(0, len(rows), batch_size)]
+    whole = groups[:-1] if len(groups) > 1 and len(groups[-1]) < batch_size else groups
+    return describe_batches(task.collate(tokenizer, group) for group in whole)
+
+
 def _groups(features: Rows, batch_size: int, *, drop: bool) -> list[list[int]]:
     """Indices of the features in batches of like length, longest first; `drop`: no incomplete last one."""
     order = sorted(range(len(features)), key=lambda i: (-_length(features[i]), i))

@@ -15,8 +15,11 @@ TIERS = {
 def load_lines(folder: str, kind: str, tier: str | None = "lean", runtime: str | None = None) -> list[str]:
     """Two lines of Python that load the checkpoint in `folder` and use it on a sentence.
 
-    kind: the task's. A stock checkpoint is loaded without importing leanformers, an exported folder by its runtime.
+    kind: the task's. A stock checkpoint is loaded without importing leanformers, an exported folder by its runtime;
+    one that was measured packed is packed.
     """
+    if (runtime or "").startswith("torch-packed"):
+        return _packed(folder, kind, ", compile=True" if runtime == "torch-packed-compile" else "")
     if tier == "runtime":
         return _exported(folder, runtime or "")
     imports = "import " if tier == "stock" else "import leanformers, "
@@ -39,6 +42,19 @@ def load_lines(folder: str, kind: str, tier: str | None = "lean", runtime: str |
     return [
         f"{imports}transformers",
         f"print(transformers.pipeline('text-classification', {folder!r}{options})({SENTENCE!r}))",
+    ]
+
+
+def _packed(folder: str, kind: str, options: str) -> list[str]:
+    if kind == "embedding":
+        made = f"leanformers.pack(sentence_transformers.SentenceTransformer({folder!r}){options})"
+        return ["import leanformers, sentence_transformers", f"print({made}.encode({SENTENCE!r}))"]
+    name = {"masked-lm": "fill-mask"}.get(kind, "text-classification")
+    more = ", function_to_apply='none'" if kind == "text-regression" else ""
+    text = "f'This film is {pipe.tokenizer.mask_token}.'" if kind == "masked-lm" else repr(SENTENCE)
+    return [
+        f"import leanformers, transformers; pipe = transformers.pipeline({name!r}, {folder!r}{more})",
+        f"pipe.model = leanformers.pack(pipe.model{options}); print(pipe({text}))",
     ]
 
 

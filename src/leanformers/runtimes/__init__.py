@@ -19,6 +19,7 @@ from leanformers.runtimes.torch import device_of
 # isort: off
 # Each file registers itself; the order is the order of `available()`.
 from leanformers.runtimes import compile as _compile  # noqa: F401
+from leanformers.runtimes import packed as _packed  # noqa: F401
 from leanformers.runtimes import aot as _aot  # noqa: F401
 from leanformers.runtimes import onnxruntime as _onnxruntime  # noqa: F401
 from leanformers.runtimes import openvino as _openvino  # noqa: F401

@@ -109,6 +109,12 @@ def docstrings_library(*, size: int | None = 2_000, max_length: int = 64, metric
     )
 
 
+def docstring_texts(count: int, seed: int = SEED) -> list[str]:
+    """That many docstrings of whatever length, drawn at random: what arrives where texts are of all lengths."""
+    rows, _ = _read(lambda record: {"text": record["text"]} if record["text"].strip() else None)
+    return [row["text"] for row in random.Random(seed).sample(rows, min(count, len(rows)))]
+
+
 # ---------------------------------------------------------------------- what a docstring becomes
 def _pair(record: Row) -> Row | None:
     """Summary (first paragraph, one line) and the rest; None where either is too short to mean anything."""

@@ -1,0 +1,60 @@
+"""Lean Attention: decoding attends through a stream-K kernel, which keeps a whole GPU busy on long and ragged caches.
+
+Source: Sanovar, Bharadwaj, St. Amant, Rühle, Rajmohan (2024, arXiv 2405.10480). The keys of all sequences and KV heads
+are cut into tiles, and every thread block takes the same number of them, across the borders of heads and sequences;
+what a border cuts is merged by the rule of online softmax. Exact: the model's outputs but for rounding.
+Deviations: a second small kernel merges, so that no block waits for another; grouped queries are the rows of one tile;
+the schedule is worked out on the device. Prompts, and masks with holes, go through SDPA as before.
+Cost: FLOPs unchanged; two launches per layer, so it is for long caches, not for short ones. The kernel is
+`leanformers.kernels.decode`, the attention function `leanformers.parts.decode_attention`. It is a setting of the loaded
+model and not of its checkpoint: apply it again after loading.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from leanformers.anatomy import Anatomy
+from leanformers.kernels.decode import refusal_of_device
+from leanformers.methods.base import Saving, Subject, method
+from leanformers.parts.attention import switch_on
+from leanformers.parts.decode_attention import DECODE, register_decode
+
+
+@method("lean-attention", stage="quantise", order=90, needs=("gpu",), paper="Sanovar et al. (2024)")
+@dataclass(frozen=True, kw_only=True)
+class LeanAttention:
+    """Decode through stream-K attention: the same tokens, less time on long caches."""
+
+    def __call__(self, subject: Subject) -> None:
+        switch_on(subject.model, register_decode())
+        subject.notes["attention"] = f"{DECODE}; not stored with the weights, apply lean-attention again after loading"
+
+    def refuses(self, anatomy: Anatomy, task: Any) -> str | None:
+        config, attentions = anatomy.config, [a for layer in anatomy.layers for a in layer.attentions()]
+        decoding = [attention for attention in attentions if attention.causal or attention.cross]
+        if not decoding:
+            return "it does not decode, and only decoding attends with one query token"
+        if not anatomy.model._can_set_attn_implementation():
+            return "it computes its attention itself"
+        if any(attention.mixer is not None for attention in attentions):
+            return "its attention holds a mixer"
+        if any(attention.positions for attention in attentions) or anatomy.family.shared_position_bias:
+            return "it adds a bias of positions to its attention scores"
+        if getattr(config, "attn_logit_softcapping", None) is not None:
+            return "it caps its attention scores"
+        if any(getattr(attention.module, "sinks", None) is not None for attention in decoding):
+            return "it has attention sinks"
+        weight = next(parameter for parameter in anatomy.model.parameters() if parameter.is_floating_point())
+        for size in sorted({attention.head_dim for attention in decoding}):
+            if (refused := refusal_of_device(weight.device, weight.dtype, size)) is not None:
+                return refused.rstrip(".")
+        return None
+
+    def estimate(self, anatomy: Anatomy, length: int = 128) -> Saving:
+        return Saving()
+
+    @classmethod
+    def starts(cls) -> list[dict[str, Any]]:
+        return []  # a search measures forward passes, where nothing is decoded
