@@ -141,3 +141,43 @@ def test_a_page_for_every_method(tmp_path):
     for slug in slugs():
         text = (tmp_path / "methods" / f"{slug}.md").read_text("utf-8")
         assert text.startswith(f"# {slug}\n") and "## Settings" in text and "## Evidence" in text
+
+
+FOUND = {
+    "edits": {"keep_heads": "keep_heads", "mask_weights": "mask_weights", "mask_weights_2_4": "mask_weights"},
+    "distances": {
+        "openvino": {
+            "bert": {"as it is": 1e-6, "keep_heads": 2e-6, "mask_weights": 1e-6, "mask_weights_2_4": 0.5},
+            "t5": {"as it is": 1e-6, "keep_heads": None, "mask_weights": 1e-6},
+        },
+        "llama.cpp": {"qwen3": {"as it is": 0.0, "keep_heads": "layers.1 has 1 heads: <none>"}},
+    },
+}
+
+
+def test_which_edits_run_where():
+    assert evidence.runs_exactly(["keep_heads"], FOUND) == {"openvino": (1, 1), "llama.cpp": (0, 1)}
+    assert evidence.runs_in(["keep_heads"], FOUND) == "openvino, llama.cpp in 0 of 1 families"
+    assert evidence.runs_in(["mask_weights"], FOUND) == "openvino in 1 of 2 families"
+    assert evidence.runs_in(["keep_heads"], {"distances": {}, "edits": {}}) == ""
+
+
+def test_the_tables_of_exports():
+    import exports_table
+
+    table = exports_table.table(FOUND)
+    assert "| family | openvino | llama.cpp |" in table
+    assert "| bert | 3 of 4, within 2e-06 | – |" in table and "| qwen3 | – | 1 of 2 |" in table
+    assert "| keep heads | 1 of 1 families | 0 of 1 families |" in table
+    assert "- openvino, mask weights 2 4 on bert: it answers otherwise, by 0.5." in table
+    assert "- llama.cpp, keep heads on qwen3: layers.1 has 1 heads: &lt;none>." in table
+    assert exports_table.table({"distances": {}, "edits": {}}) == "No exports have been recorded yet."
+
+
+def test_a_method_names_its_edits():
+    from leanformers.cli.describe import runs_in
+    from leanformers.methods import get
+
+    assert get("optin").edits == ("keep_heads", "keep_neurons")
+    assert get("lora").edits == () and "makes no edits" in runs_in(get("lora"))
+    assert "(keep heads, keep neurons)" in runs_in(get("optin"))

@@ -1,4 +1,4 @@
-"""Writes the evidence tables of README.md and docs/evidence.md from evidence/results/*.json.
+"""Writes the evidence tables of README.md, docs/evidence.md and docs/deploy.md from evidence/results/*.json.
 
 python tools/evidence_table.py [--check]      --check: write nothing, exit 1 where a table is old
 """
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import exports_table
 from leanformers import evidence
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,8 +83,11 @@ def replaced(page: str, table: str) -> str:
 
 def pages(root: Path = ROOT) -> dict[Path, str]:
     """Each page with the tables, as the result files want it."""
-    results = evidence.results(root / "evidence" / "results")
+    place = root / "evidence" / "results"
+    results = evidence.results(place)
+    deploy = root / "docs" / "deploy.md"
     return {
+        deploy: replaced(deploy.read_text("utf-8"), exports_table.table(evidence.exports(place))),
         root / "README.md": replaced((root / "README.md").read_text("utf-8"), short_table(results)),
         root / "docs" / "evidence.md": replaced(
             (root / "docs" / "evidence.md").read_text("utf-8"), long_table(results)

@@ -21,7 +21,8 @@ def page(info: Any, result: dict[str, Any] | None) -> str:
         if doc:
             parts.append(markdown(doc))
     stage = words.STAGE_TITLES.get(info.stage, info.stage)
-    parts.append(f"- stage: {stage}\n- needs: {words.needs(info)}\n- suits: {words.suits(info)}")
+    facts = {"stage": stage, "needs": words.needs(info), "suits": words.suits(info), "runs in": words.runs_in(info)}
+    parts.append("\n".join(f"- {name}: {told}" for name, told in facts.items()))
     parts.append("## Settings")
     rows = words.settings_rows(info)
     if rows:

@@ -139,6 +139,14 @@ def test_an_export_that_cannot_be_opened_is_not_kept(tmp_path, monkeypatch):
     [
         ({"to": "coreml"}, "there is no export to 'coreml'; choose one of onnx, openvino, gguf, torch, stock"),
         ({"to": "stock", "quantize": "int8"}, "an export to stock cannot be quantised as 'int8'; there is none"),
+        (
+            {"to": "onnx", "quantize": "int8", "max_drop": 0.01},
+            "max_drop bounds what the quantisation to int8 for openvino may lose: export to that, or leave it out",
+        ),
+        (
+            {"to": "openvino", "quantize": "int8", "max_drop": 0},
+            "max_drop is a share of the source's quality between 0 and 1, such as 0.01, not 0",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_loaded(options, wanted, tmp_path):

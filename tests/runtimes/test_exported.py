@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from exports import TOLERANCE, Forward, batch, distance, farthest, lean
+from lean_models import TOLERANCE, Forward, batch, distance, farthest, lean
 
 from families import TINY
 from leanformers.anatomy import Anatomy
 from leanformers.errors import LeanError
 from leanformers.runtimes import available, check, prepare
 from leanformers.runtimes import exported as exported_module
+from leanformers.runtimes.accuracy import export_within
 from leanformers.runtimes.calling import StandIn, call_of, sample_of
 from leanformers.runtimes.exported import export_model, missing, trace
 from leanformers.runtimes.quantising import floats, unrounded
+from leanformers.runtimes.running import options
 from leanformers.surgery import DropLayers, KeepNeurons, QuantiseLinear, apply
 
 pytestmark = pytest.mark.skipif(missing("this", "dynamo") is not None, reason="needs transformers 5.23")
@@ -173,6 +175,62 @@ def test_int8_needs_training_rows():
     model = TINY["bert"]()
     with pytest.raises(LeanError, match="ranges of its activations from training rows, which this task does not give"):
         prepare(model, Forward(), "openvino-int8")(batch(model, 2, 5, True))
+
+
+class Near(Calibrated):
+    """Its quality says how near all outputs are to the model's own."""
+
+    kind, better = "text-classification", "higher"
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.rows = [batch(model, 4, 5 + i, True) for i in range(3)]
+        self.own = [Forward().forward(model, one).detach() for one in self.rows]
+
+    def evaluate(self, predict: Any, tokenizer: Any, split: str, limit: int) -> dict[str, float]:
+        assert split == "validation"
+        found = torch.cat([predict(one).flatten() for one in self.rows])
+        return {"cosine": torch.cosine_similarity(found, torch.cat([o.flatten() for o in self.own]), dim=0).item()}
+
+    def quality(self, metrics: dict[str, float]) -> float:
+        return metrics["cosine"]
+
+    def ratio(self, quality: float, baseline: float) -> float:
+        return quality / baseline
+
+
+@openvino
+@pytest.mark.slow
+def test_int8_costs_no_more_quality_than_is_allowed():
+    if "openvino-int8" not in available():
+        pytest.skip(check_refusal("openvino-int8"))
+    model = TINY["bert"](num_hidden_layers=1, hidden_size=64, intermediate_size=128)
+    apply(model, QuantiseLinear(path=Anatomy.of(model).layers[0].feed_forward.down.path))
+    task = Near(model)
+
+    def exported_within(drop: float) -> tuple[int, float]:
+        """How many roundings the graph holds, and its quality."""
+        rows = task.calibration(None, 8, 1)
+        exported = export_within(model, task, None, calibration=rows, max_drop=drop)
+        run = exported.to("cpu", **options("openvino")).runners["model"]
+        stand_in = StandIn(run, frozenset(task.rows[0]), model.config, torch.device("cpu"))
+        found = task.quality(task.evaluate(lambda one: task.forward(stand_in, one), None, "validation", 9))
+        return sum(node.get_type_name() == "FakeQuantize" for node in exported.program.get_ops()), found
+
+    plain, quality = exported_within(0.5)
+    assert plain > 0 and 0.5 < quality < 1
+    counts = []
+    for drop in ((1 - quality) / 2, 1e-6):
+        count, better = exported_within(drop)
+        counts.append(count)
+        assert better >= 1 - drop - 1e-6
+    assert counts[1] < counts[0]  # what costs more than that stays in floats
+
+
+def test_a_drop_is_a_share():
+    model = TINY["bert"]()
+    with pytest.raises(LeanError, match="max_drop is a share of the source's quality between 0 and 1"):
+        export_within(model, Calibrated(model), None, calibration=[], max_drop=1.5)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------

@@ -1,14 +1,15 @@
-"""Decoders exported with their cache write what transformers' own generate writes."""
+"""Models exported with their cache write what transformers' own generate writes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from exports import lean
+from lean_models import lean
 
-from families import TINY
+from families import TINY, inputs
 from leanformers.errors import LeanError
 from leanformers.runtimes import available
+from leanformers.runtimes.encoder_decoder import write
 from leanformers.runtimes.exported import missing
 from leanformers.runtimes.generation import export_generation, greedy
 from leanformers.runtimes.saved import open_exported, save
@@ -52,9 +53,40 @@ def test_an_exported_decoder_writes_the_same_tokens(family, form, runtime, tmp_p
         assert torch.equal(greedy(exported, **given, new_tokens=8), written[:, length:])
 
 
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [
+        ("t5", "openvino"),
+        ("bart", "onnx"),
+        ("whisper", "openvino"),
+        pytest.param("t5", "onnx", marks=pytest.mark.slow),
+        pytest.param("bart", "openvino", marks=pytest.mark.slow),
+        pytest.param("whisper", "onnx", marks=pytest.mark.slow),
+    ],
+)
+def test_an_exported_encoder_decoder_writes_the_same_tokens(family, form, tmp_path):
+    if {"onnx": "onnxruntime"}.get(form, form) not in available():
+        pytest.skip(f"needs leanformers[{form}]")
+    model, made = lean(family, kinds=STRUCTURE, head="lm")
+    assert len(made) >= 4
+    exported = open_exported(save(export_generation(model, Characters(), form), tmp_path / "out"))
+    assert set(exported.components) == {"encoder", "decoder"} and exported.generation_config is not None
+    if form == "onnx":  # no weights are stored twice but those of the table that both embed with
+        stored = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.data")) / 4
+        held = sum(tensor.numel() for tensor in model.state_dict().values())
+        assert stored < 1.15 * held + model.get_input_embeddings().weight.numel()
+    for rows, length in ((3, 9), (1, 4)):
+        given = inputs(model, rows, length, padded=family != "whisper")
+        del given["decoder_input_ids"]
+        options = {"max_new_tokens": 8, "min_new_tokens": 8, "eos_token_id": None, "forced_eos_token_id": None}
+        wanted = model.generate(**given, **options, do_sample=False)[:, -8:]
+        found = greedy(exported, **given, new_tokens=8) if family != "whisper" else write(exported, given, 8)
+        assert torch.equal(found, wanted)
+
+
 def test_what_does_not_write_is_refused():
-    for family, head in (("bert", "lm"), ("t5", "lm"), ("llama", "classification")):
-        with pytest.raises(LeanError, match="is no decoder that writes by itself: export it with its task"):
+    for family, head in (("bert", "lm"), ("t5", "classification"), ("llama", "classification")):
+        with pytest.raises(LeanError, match="is no model that writes by itself: export it with its task"):
             export_generation(TINY[family](head=head), Characters(), "onnx")
     with pytest.raises(LeanError, match="not exported to 'dynamo'; choose one of onnx, openvino"):
         export_generation(TINY["llama"](head="lm"), Characters(), "dynamo")

@@ -25,6 +25,7 @@ from leanformers.surgery import (
     MaskWeights,
     QuantiseEmbeddings,
     QuantiseLinear,
+    SliceResidual,
     apply,
 )
 from leanformers.surgery.tokenizers import choose, count, trim
@@ -317,6 +318,13 @@ def test_uneven_layers_are_refused_where_there_is_no_graph(tmp_path):
 def test_what_the_graph_does_not_compute(tmp_path, family, fields, what):
     with pytest.raises(LeanError, match=what):
         written(tiny(family, **fields), tmp_path)
+
+
+def test_embeddings_that_keep_the_scale_of_a_wider_stream(tmp_path):
+    model = tiny("gemma3")
+    apply(model, SliceResidual(size=32), keep=torch.arange(32))
+    with pytest.raises(LeanError, match="embeddings scaled by another width than its own"):
+        written(model, tmp_path)
 
 
 def test_adapters_are_refused(tmp_path):

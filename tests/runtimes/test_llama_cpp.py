@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawing import draw
 from gguf_making import RULES, make_uneven, tiny, tokenizer_of, without_parts
 
 from families import inputs, outputs
@@ -62,7 +63,18 @@ MODELS = {
     "first attention gone": lambda: without_parts(attention=(0, 2), feed_forward=0),
     "last layer": lambda: without_parts(attention=(2,), feed_forward=2),
     "edits of weights": lambda: edited(),
+    "dense and sparse factors": lambda: drawn(tiny(), "factorise_linear_dense_sparse"),
+    "gemma3, sliced": lambda: drawn(tiny("gemma3"), "slice_residual"),
+    "gemma3, sliced, int8 embeddings": lambda: drawn(tiny("gemma3"), "slice_residual", "quantise_embeddings"),
 }
+
+
+def drawn(model: Any, *kinds: str) -> Any:
+    """With edits of these kinds, which llama.cpp has to follow."""
+    for kind in kinds:
+        edit, tensors = draw(model, kind)
+        apply(model, edit, **tensors)
+    return model.eval()
 
 
 class Language:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exports import TOLERANCE, distance
+from lean_models import TOLERANCE, distance
 
 from families import TINY
 from leanformers.anatomy import Anatomy

@@ -266,6 +266,12 @@ def export(
         str | None,
         typer.Option("--quantize", help="onnx, openvino: int8; gguf: q8_0, q6_k, q5_k_m, q4_k_m."),
     ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            "--max-drop", help="openvino's int8: share of the quality that it may cost, such as 0.01. It takes a while."
+        ),
+    ] = None,
     task: TaskOption = None,
     data: DataOption = None,
     text: TextOption = None,
@@ -290,7 +296,10 @@ def export(
         task, data, kind, text=text, label=label, query=query, body=body, test=test, max_length=max_length,
         metric=metric, drop_empty=drop_empty,
     )  # fmt: skip
-    run_export(model, str(to), out, quantize=quantize, task=chosen, limit=limit, trust_remote_code=trust_remote_code)
+    run_export(
+        model, str(to), out, quantize=quantize, max_drop=max_drop, task=chosen, limit=limit,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
 
 
 @app.command()
@@ -310,6 +319,9 @@ def measure(
     baseline: Annotated[
         str | None, typer.Option("--baseline", help="Another model, timed in turns with it and compared.")
     ] = None,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Time it without padding, against padded and length-sorted.")
+    ] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows of a timed batch.", min=1)] = 16,
     limit: Annotated[int | None, typer.Option("--limit", help="Test rows to use.", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -318,12 +330,19 @@ def measure(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Measure a model's quality and cost, and change nothing."""
-    from leanformers.cli.commands import run_measure, task_from
+    from leanformers.cli.commands import run_measure, run_measure_packed, task_from
 
     chosen = task_from(
         task, data, kind, text=text, label=label, query=query, body=body, test=test, max_length=max_length,
         metric=metric, drop_empty=drop_empty,
     )  # fmt: skip
+    if packed:
+        if baseline is not None:
+            raise typer.BadParameter("--packed compares a model with itself: leave --baseline out")
+        run_measure_packed(
+            model, chosen, batch_size=batch_size, runtime=runtime, as_json=as_json, trust_remote_code=trust_remote_code
+        )
+        return
     run_measure(
         model, chosen, baseline=baseline, batch_size=batch_size, limit=limit, runtime=runtime, seed=seed,
         as_json=as_json, trust_remote_code=trust_remote_code,

@@ -154,6 +154,28 @@ def run_measure(
     console().print(describe(), style="dim", markup=False)
 
 
+def run_measure_packed(model: str, task: Any, *, as_json: bool, trust_remote_code: bool, **options: Any) -> None:
+    """Time one model padded, length-sorted and packed, and say what to expect."""
+    from leanformers.measure import environment
+    from leanformers.measure.environment import describe
+    from leanformers.measure.packed import compare_packed
+    from leanformers.tasks import load
+
+    silence_transformers()
+    if task is None:
+        raise LeanError("--packed compares on texts: give --task NAME or --data FILE")
+    loaded, tokenizer = load(model, task, trust_remote_code=trust_remote_code)
+    found = compare_packed(loaded, task, tokenizer, **options)
+    if as_json:
+        record = {"model": model, "packing": found.to_json(), "environment": environment()}
+        typer.echo(json.dumps(record, indent=2, ensure_ascii=False))
+        return
+    from leanformers.cli import tables
+
+    console().print(tables.packing(found))
+    console().print(describe(), style="dim", markup=False)
+
+
 def run_advise(model: str, task: Any, *, length: int, trust_remote_code: bool) -> None:
     """Print which methods suit a model, and what each is estimated to save."""
     from leanformers.advisor import advise

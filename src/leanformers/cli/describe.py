@@ -55,7 +55,8 @@ def show_method(name: str) -> None:
             console.print(Padding(Text(reflowed(text)), (1, 0, 0, 0)))
     console.print()
     stage = STAGE_TITLES.get(info.stage, info.stage)
-    for title, text in (("stage", stage), ("needs", needs(info)), ("suits", suits(info))):
+    facts = [("stage", stage), ("needs", needs(info)), ("suits", suits(info)), ("runs in", runs_in(info))]
+    for title, text in facts:
         console.print(Text.assemble((f"{title}  ", "dim"), text))
     console.print()
     settings = settings_rows(info)
@@ -103,6 +104,15 @@ def suits(info: Any) -> str:
     """Which tasks and families the method suits, in words."""
     parts = [", ".join(info.suits[key]) for key in ("kinds", "families") if info.suits.get(key)]
     return "; ".join(parts) or "all"
+
+
+def runs_in(info: Any) -> str:
+    """Where models with the method's edits answer as they do in PyTorch, in words."""
+    if not info.edits:
+        return "whatever runs the model: it makes no edits of its own"
+    edits = ", ".join(info.edits).replace("_", " ")
+    found = evidence.runs_in(info.edits)
+    return f"torch, {found} ({edits})" if found else f"torch; others were not tried ({edits})"
 
 
 def documentation(info: Any) -> str:

@@ -45,6 +45,7 @@ def export(
     task: Any = None,
     tokenizer: Any = None,
     quantize: str | None = None,
+    max_drop: float | None = None,
     measure: bool = True,
     limit: int | None = None,
     trust_remote_code: bool = False,
@@ -60,6 +61,8 @@ def export(
             that lies beside the model.
         quantize: onnx: "int8" (ranges at run time); openvino: "int8"; gguf: "q8_0", "q6_k",
             "q5_k_m", "q4_k_m", or "f32" and "bf16" instead of f16.
+        max_drop: with openvino's "int8": the share of the source's quality that may be lost on the validation rows,
+            such as 0.01; operations that cost more stay in floats, and finding them takes a while.
         measure: quality, latency and bytes, beside the source's. limit: test rows of the quality, None for all.
 
     Raises:
@@ -67,7 +70,7 @@ def export(
         ProofError: the export does not answer as its source; nothing is kept.
     """
     wanted = target(to)
-    form = wanted.check(quantize)
+    form = wanted.check(quantize, max_drop)
     folder = Path(out)
     folders.check_output(folder, lambda _: False, "an empty place for an export")
     the_task = task_of(task) if task is not None else _task_beside(model)
@@ -76,7 +79,10 @@ def export(
         loaded = copy.deepcopy(loaded).to("cpu")
     loaded.eval()
     with folders.whole(folder) as partial:
-        wanted.write(loaded, own, the_task, partial, form)
+        if max_drop is not None and wanted.within is not None:
+            wanted.within(loaded, own, the_task, partial, max_drop)
+        else:
+            wanted.write(loaded, own, the_task, partial, form)
         proof = prove(wanted, partial, loaded, own, the_task, quantised=quantize is not None)
         measured = source = None
         if measure:
@@ -92,19 +98,20 @@ def export(
                 seconds=SECONDS,
             )
             measured, source = both["export"], both["source"]
-        _record(partial, wanted.name, quantize, proof, measured)
+        _record(partial, wanted.name, quantize, max_drop, proof, measured)
     return Exported(
         folder=folder, target=wanted.name, quantize=quantize, proof=proof, measurement=measured, source=source
     )
 
 
-def _record(folder: Path, name: str, quantize: str | None, proof: Proof, measured: Any) -> None:
+def _record(folder: Path, name: str, quantize: str | None, max_drop: float | None, proof: Proof, measured: Any) -> None:
     """Write what was proved and measured beside the model."""
     from leanformers.measure import environment
 
     record = {
         "target": name,
         "quantize": quantize,
+        "max_drop": max_drop,
         "proof": {"cases": proof.cases, "difference": proof.difference, "agreement": proof.agreement},
         "measurement": measured.to_json() if measured is not None else None,
         **environment(),

@@ -15,6 +15,7 @@ import torch
 
 from leanformers.errors import LeanError
 from leanformers.runtimes import Prepared, check, prepare
+from leanformers.runtimes.accuracy import check_drop
 from leanformers.runtimes.running import CALIBRATION, at_first_batch
 
 GGUF, PACKAGE = "model.gguf", "model.pt2"
@@ -28,7 +29,8 @@ class Target:
     runtime: what runs the folder, a name of `leanformers.runtimes`. formats: what `quantize=` may say, with what
     it is called where the model is written; None is the model's own floats. write: (model, tokenizer, task,
     folder, format). open: (folder, model, task) -> the call of a Prepared. tolerance: of the outputs, as a share
-    of their scale, where the format is None.
+    of their scale, where the format is None. within: as write, with max_drop instead of a format, where the target
+    can be quantised as far as the quality allows.
     """
 
     name: str
@@ -37,13 +39,22 @@ class Target:
     open: Callable[[Path, Any, Any], Callable[[Any], torch.Tensor]]
     formats: Mapping[str, str] = field(default_factory=dict)
     tolerance: float = 1e-3
+    within: Callable[[Any, Any, Any, Path, float], None] | None = None
 
-    def check(self, quantize: str | None) -> str | None:
+    def check(self, quantize: str | None, max_drop: float | None = None) -> str | None:
         """The format that `quantize` means, once it is known that the target's runtime is here.
 
         Raises:
-            LeanError: the runtime is not installed, or the target has no such format.
+            LeanError: the runtime is not installed, the target has no such format, or none that bounds its loss.
         """
+        if max_drop is not None:
+            if self.within is None or quantize is None:
+                able = next(entry for entry in TARGETS.values() if entry.within is not None)
+                raise LeanError(
+                    f"max_drop bounds what the quantisation to {', '.join(able.formats)} for {able.name} may lose: "
+                    "export to that, or leave it out"
+                )
+            check_drop(max_drop)
         if quantize is not None and quantize not in self.formats:
             known = ", ".join(self.formats) or "none"
             raise LeanError(f"an export to {self.name} cannot be quantised as {quantize!r}; there is {known}")
@@ -71,6 +82,8 @@ def target(name: str) -> Target:
 
 # -- graphs by transformers' exporters ---------------------------------------------------------------------------
 
+_DECODER = "a decoder is exported to {} in floats alone: export to gguf to quantise it"
+
 
 def _graph(form: str) -> Callable[..., None]:
     def write(model: Any, tokenizer: Any, task: Any, folder: Path, quantize: str | None) -> None:
@@ -80,13 +93,23 @@ def _graph(form: str) -> Callable[..., None]:
 
         if task.kind == "causal-lm":
             if quantize is not None:
-                raise LeanError(f"a decoder is exported to {form} in floats alone: export to gguf to quantise it")
+                raise LeanError(_DECODER.format(form))
             save(export_generation(model, tokenizer, form), folder, task, tokenizer)
             return
         batches = list(task.calibration(tokenizer, CALIBRATION if quantize else 4, 1))
         save(export_model(model, task, form, calibration=batches, quantize=quantize), folder, task, tokenizer)
 
     return write
+
+
+def _write_within(model: Any, tokenizer: Any, task: Any, folder: Path, max_drop: float) -> None:
+    from leanformers.runtimes.accuracy import export_within
+    from leanformers.runtimes.saved import save
+
+    if task.kind == "causal-lm":
+        raise LeanError(_DECODER.format("openvino"))
+    batches = list(task.calibration(tokenizer, CALIBRATION, 1))
+    save(export_within(model, task, tokenizer, calibration=batches, max_drop=max_drop), folder, task, tokenizer)
 
 
 def _open_graph(folder: Path, model: Any, task: Any) -> Callable[[Any], torch.Tensor]:
@@ -163,7 +186,12 @@ TARGETS = {
             formats={"int8": "int8-dynamic"},
         ),
         Target(
-            name="openvino", runtime="openvino", write=_graph("openvino"), open=_open_graph, formats={"int8": "int8"}
+            name="openvino",
+            runtime="openvino",
+            write=_graph("openvino"),
+            open=_open_graph,
+            formats={"int8": "int8"},
+            within=_write_within,
         ),
         Target(
             name="gguf",

@@ -22,6 +22,7 @@ from leanformers import folders
 from leanformers.errors import LeanError
 from leanformers.execute import attach_reference, execute, load_model, save_checkpoint, seed_everything
 from leanformers.execute import write_provenance as provenance
+from leanformers.frontier.deployed import deployed, exported, named
 from leanformers.frontier.space import Steps, name_of, trained_prefix
 from leanformers.methods import Budget, MethodInfo, Subject
 from leanformers.recipe import Recipe, key_of
@@ -106,6 +107,7 @@ class Workbench:
         self.device, self.progress = device, progress
         self._prefixes: OrderedDict[str, Subject] = OrderedDict()
         self.model: Any = None
+        self.quality_goal: float | None = None  # as a ratio to the baseline: what int8 of a runtime may not fall below
 
     # -- the baseline --------------------------------------------------------------------------------------
     def baseline(self) -> Any:
@@ -283,9 +285,9 @@ class Workbench:
         with bar(self.progress, "Exporting", len(wanted)) as advance:
             for name, runtime in wanted:
                 advance(1, f"{name} for {runtime}")
-                found = deployed(self.folder, name, runtime, models[name], self.task)
+                found = deployed(self.folder, name, runtime, models[name], self.task, self._may_lose(name))
                 if found is not None:
-                    key = f"{name}@{runtime}"
+                    key = named(name, runtime)
                     models[key], places[key], runtimes[key] = (
                         (found, models[name][1]),
                         exported(self.folder, key),
@@ -298,37 +300,14 @@ class Workbench:
             models.clear()
             _free()
 
-
-def exported(folder: Path, key: str) -> Path:
-    """Where the export of name@runtime lies."""
-    return folder / "exports" / key
-
-
-def not_exported(folder: Path) -> dict[str, str]:
-    """name@runtime -> why it could not be exported, of a run."""
-    failed = sorted((folder / "exports").glob("*.failed.json"))
-    return {path.name.removesuffix(".failed.json"): json.loads(path.read_text())["reason"] for path in failed}
-
-
-def deployed(folder: Path, name: str, runtime: str, source: tuple[Any, Any], task: Any) -> Any:
-    """A Prepared of a model in another runtime, exported and proved once; None where that fails."""
-    from leanformers.deploy import DEPLOYED, export, target
-
-    place = exported(folder, f"{name}@{runtime}")
-    failure = place.with_name(f"{place.name}.failed.json")
-    if failure.is_file():
-        return None
-    to, quantize = DEPLOYED[runtime]
-    with FileLock(folder / "locks" / f"export-{place.name}.lock"):
-        try:
-            if not place.is_dir():
-                export(source, to, place, task=task, quantize=quantize, measure=False)
-            return target(to).prepare(place, source[0], task, quantize)
-        except LeanError as error:
-            if folders.disk_full(error):
-                raise
-            folders.write_json(failure, {"reason": str(error)})
+    def _may_lose(self, name: str) -> float | None:
+        """What share of its quality a model may lose in another runtime: None without a goal, or where it misses it."""
+        if self.quality_goal is None:
             return None
+        result = self.folder / "finals" / name / RESULT
+        own = json.loads(result.read_text())["ratios"].get("quality") if result.is_file() else 1.0
+        drop = 1 - self.quality_goal / own if own else 0.0
+        return drop if 0 < drop < 1 else None
 
 
 def check_steps(tune: Any) -> Steps | None:

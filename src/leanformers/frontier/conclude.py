@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from leanformers import folders
-from leanformers.frontier.bench import BASELINE, RESULT, Bench, Result, exported
+from leanformers.frontier.bench import BASELINE, RESULT, Bench, Result
 from leanformers.frontier.card import licence_of, model_card
+from leanformers.frontier.deployed import exported, is_deployed, source_of
 from leanformers.frontier.goals import Goal
 from leanformers.frontier.pareto import dominates, non_dominated, spread
 from leanformers.frontier.result import Frontier, Point, minimised
@@ -57,7 +58,7 @@ def points_of(search: Search, bench: Bench, recipe: Recipe, baseline: Measuremen
     found += [
         _deployed_point(search, name, measured, compared[BASELINE], found, first)
         for name, measured in compared.items()
-        if "@" in name
+        if is_deployed(name)
     ]
     # What only the validation rows know is not ranked beside what the test rows know.
     aside = [] if len(compared) == 1 else [point for point in found if point.name not in compared]
@@ -105,7 +106,7 @@ def _deployed_point(
     search: Search, key: str, measured: Measurement, baseline: Measurement, points: Sequence[Point], first: Point
 ) -> Point:
     """A point, or the baseline, as it runs in another runtime: its own folder and figures, the same recipe."""
-    source = next(point for point in (first, *points) if point.name == key.partition("@")[0])
+    source = next(point for point in (first, *points) if point.name == source_of(key))
     ratios = measured.ratios(baseline)
     return replace(
         source,
@@ -177,8 +178,8 @@ def meets(goals: Sequence[Goal], measured: Measurement, ratios: Mapping[str, flo
 
 def _siblings(point: Point, points: Sequence[Point]) -> list[Point]:
     """The same recipe in other runtimes."""
-    mine = point.name.partition("@")[0]
-    return [p for p in points if p is not point and p.name.partition("@")[0] == mine and p.measurement is not None]
+    mine = source_of(point.name)
+    return [p for p in points if p is not point and source_of(p.name) == mine and p.measurement is not None]
 
 
 def write_points(

@@ -15,8 +15,9 @@ from filelock import FileLock
 from leanformers import folders
 from leanformers.errors import LeanError
 from leanformers.execute import task_of
-from leanformers.frontier.bench import BASELINE, Workbench, check_steps, not_exported
+from leanformers.frontier.bench import BASELINE, Workbench, check_steps
 from leanformers.frontier.conclude import points_of, reference_points, write, write_points
+from leanformers.frontier.deployed import not_exported
 from leanformers.frontier.goals import Goal, objectives, parse_all, relative
 from leanformers.frontier.result import FILE, Frontier
 from leanformers.frontier.search import Effort, Search
@@ -130,6 +131,8 @@ def slim(
         chosen, skipped = suited(infos, bench, explicit=methods is not None, stock=stock)
         space = Space(list(chosen.values()), multiple=width_multiple(others))
         asked = [relative(goal, baseline.quality, the_task.better) for goal in wanted]
+        floors = [goal.value for goal in asked if goal.metric == "quality" and goal.relative]
+        bench.quality_goal = max(floors, default=None)
         search = Search(folder, bench, space, asked, objectives(asked), effort, seed=seed, say=say)
         search.start = start
         status = "complete"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from leanformers import evidence
 from leanformers.errors import LeanError
 from leanformers.report import view
 from leanformers.report.picture import picture
@@ -50,6 +51,7 @@ def render(data: Mapping[str, Any], folder: str | Path | None = None) -> str:
         ],
         environment=view.flat(data.get("environment", {})),
         task=[fact for fact in view.flat(data.get("task", {})) if fact[0] != "better"],
+        runs_in={row["name"]: _runs_in(row["steps"]) for row in points if row["tier"] == "lean"},
         recipes={point["name"]: _yaml(point.get("recipe")) for point in data.get("points", ())},
         took=seconds(data["seconds"]) if data.get("seconds") else "",
         static=picture(data),
@@ -65,6 +67,15 @@ def write(data: Mapping[str, Any], path: str | Path) -> Path:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(render(data, path.parent), "utf-8")
     return unfinished.replace(path)
+
+
+def _runs_in(steps: Sequence[tuple[str, str]]) -> str:
+    """Where models with the edits of these methods answer as in PyTorch; "" where it is not known."""
+    from leanformers.methods import methods
+
+    known = methods()
+    edits = {edit for method, _ in steps if method in known for edit in known[method].edits}
+    return evidence.runs_in(sorted(edits)) if edits else ""
 
 
 def _yaml(recipe: Any) -> str:

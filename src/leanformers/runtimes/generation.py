@@ -1,8 +1,9 @@
-"""Decoders exported with their key-value cache: one graph that reads a prompt and then writes token by token.
+"""Models that write, exported with their key-value cache: for decoders one graph that reads a prompt, then writes.
 
 With an empty cache it is the prefill, with a filled one the decode step, so that the weights are stored once.
 In OpenVINO the cache is the graph's own state, and the graph takes what OpenVINO's own generation takes:
-input_ids, attention_mask, position_ids and beam_idx. In ONNX the cache is a further input and output.
+input_ids, attention_mask, position_ids and beam_idx. In ONNX the cache is a further input and output. An
+encoder-decoder becomes two graphs, see `encoder_decoder`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from leanformers.errors import LeanError
 from leanformers.runtimes.blaming import blaming
+from leanformers.runtimes.encoder_decoder import export_encoder_decoder, write
 from leanformers.runtimes.exported import exporter_class, forget_origin, owned, plain_config, undisturbed
 from leanformers.runtimes.hushing import hushed
 from leanformers.runtimes.quantising import unrounded
@@ -23,24 +25,27 @@ PROMPTS = ("Once upon a time there was", "The")  # of different lengths, so that
 
 
 def export_generation(model: Any, tokenizer: Any, form: str) -> Any:
-    """Export a decoder with its cache.
+    """Export a model that writes with its cache.
 
     Args:
-        model: a causal language model, lean or not, on the CPU; it is put into evaluation mode.
-        tokenizer: the model's; its prompts are what is traced.
+        model: a causal language model or an encoder-decoder, lean or not, on the CPU; it is put into evaluation mode.
+        tokenizer: the model's; its prompts are what is traced. None where it reads sound.
         form: "onnx" or "openvino".
 
     Returns:
-        transformers' `ExportedModel` of one graph, with the generation config; `greedy` runs it.
+        transformers' `ExportedModel` with the generation config: one graph, "model", of a decoder, and two of an
+        encoder-decoder, "encoder" and "decoder". `greedy` runs it.
 
     Raises:
-        LeanError: an unknown form, a model that is no decoder, or one that cannot be exported, by layer.
+        LeanError: an unknown form, a model that does not write, or one that cannot be exported, by layer.
     """
     if form not in FORMS:
-        raise LeanError(f"A decoder with its cache is not exported to {form!r}; choose one of {', '.join(FORMS)}.")
-    config = model.config
-    if getattr(config, "is_encoder_decoder", False) or not getattr(model, "can_generate", bool)():
-        raise LeanError(f"{type(model).__name__} is no decoder that writes by itself: export it with its task instead.")
+        raise LeanError(f"A model with its cache is not exported to {form!r}; choose one of {', '.join(FORMS)}.")
+    if not getattr(model, "can_generate", bool)():
+        raise LeanError(f"{type(model).__name__} is no model that writes by itself: export it with its task instead.")
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs = features(model) if model.main_input_name == "input_features" else prompts(tokenizer)
+        return export_encoder_decoder(model.eval(), inputs, form)
     from transformers.exporters.utils import decompose_for_generation
 
     model = owned(model.eval(), form)
@@ -62,6 +67,12 @@ def prompts(tokenizer: Any) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def features(model: Any) -> dict[str, torch.Tensor]:
+    """input_features [2, bins, frames] of two silences, in the size that a speech model takes."""
+    config = model.config
+    return {"input_features": torch.zeros(2, config.num_mel_bins, 2 * config.max_source_positions)}
+
+
 @torch.no_grad()
 def score(exported: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Logits [batch, length, vocab_size] of whole texts, read with an empty cache.
@@ -78,15 +89,17 @@ def score(exported: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) 
 
 @torch.no_grad()
 def greedy(exported: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Write `new_tokens` tokens with an exported decoder, the most likely one each time, past any end of text.
+    """Write `new_tokens` tokens with an exported model, the most likely one each time, past any end of text.
 
     Args:
-        exported: from `export_generation` or `open_exported`.
-        input_ids, attention_mask: [batch, length], padded on the left.
+        exported: from `export_generation` or `open_exported`. One that reads sound is run by `encoder_decoder.write`.
+        input_ids, attention_mask: [batch, length], padded on the left; for an encoder on either side.
 
     Returns:
         The new ids [batch, new_tokens].
     """
+    if "encoder" in exported.components:
+        return write(exported, {"input_ids": input_ids, "attention_mask": attention_mask}, new_tokens)
     runner = exported.runners["model"]
     run = _with_state(runner) if str(exported.export_format) == "openvino" else _with_cache(runner, exported, input_ids)
     step, mask, written = input_ids, attention_mask, []

@@ -8,6 +8,7 @@ left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,10 @@ from torch import nn
 
 from leanformers.anatomy import Layer, Projection, is_conv1d, is_dense, linear_shape
 from leanformers.errors import LeanError
+from leanformers.parts.dense_sparse import DenseSparseLinear
 from leanformers.parts.linear import LowRankLinear
 from leanformers.parts.quantised import Int8Rows
-from leanformers.parts.quantised_embedding import TiedQuantisedHead
+from leanformers.parts.quantised_embedding import QuantisedEmbedding, TiedQuantisedHead, embedding_factor
 from leanformers.runtimes.gguf.graph import GONE_WIDTH, Graph
 
 
@@ -39,6 +41,8 @@ def matrix(module: Any) -> torch.Tensor:
         return matrix(module.up) @ matrix(module.down)
     if isinstance(module, Int8Rows):
         return module.dequantise(torch.float32).cpu()
+    if isinstance(module, DenseSparseLinear):
+        return module.weight.detach().float().cpu()
     weight = module.weight.t() if is_conv1d(module) else module.weight
     return weight.detach().float().cpu()
 
@@ -47,7 +51,7 @@ def _readable(module: Any) -> bool:
     """Whether the module computes no more than the product with its matrix (and the bias)."""
     if isinstance(module, LowRankLinear):
         return _readable(module.up) and _readable(module.down)
-    if isinstance(module, Int8Rows | nn.Embedding):
+    if isinstance(module, Int8Rows | nn.Embedding | DenseSparseLinear):
         return True
     return is_dense(module) and module.weight.is_floating_point() and module.weight.numel() == _size(module)
 
@@ -69,15 +73,30 @@ def entries(graph: Graph) -> Iterator[Entry]:
     """Every tensor of the file, in its order."""
     anatomy = graph.anatomy
     head, table = anatomy.head, anatomy.embeddings
-    yield Entry(name="token_embd.weight", shape=(graph.vocab_size, anatomy.hidden_size), make=lambda: matrix(table))
+    shape, scale = (graph.vocab_size, anatomy.hidden_size), _scale(graph)
+    yield Entry(name="token_embd.weight", shape=shape, make=lambda: matrix(table) * scale)
     if graph.frequency_factors is not None:
         factors = graph.frequency_factors
         yield Entry(name="rope_freqs.weight", shape=tuple(factors.shape), make=lambda: factors)
     for index, layer in enumerate(anatomy.layers):
         yield from _layer(graph, layer, f"blk.{index}", graph.heads[index])
     yield _vector("output_norm.weight", anatomy.gain(anatomy.final_norms[0]))
-    if not (anatomy.tied or isinstance(head, TiedQuantisedHead)):
+    if isinstance(head, TiedQuantisedHead) or anatomy.tied:
+        if scale != 1:  # the head has the table as it was
+            yield Entry(name="output.weight", shape=shape, make=lambda: matrix(table))
+    else:
         yield from _linear("output", Projection("lm_head", head))
+
+
+def _scale(graph: Graph) -> float:
+    """What the table is multiplied by here: Gemma's graph takes the root of the width that it finds, and a sliced model
+    that of the width before."""
+    if graph.architecture != "gemma3":
+        return 1.0
+    table: Any = graph.anatomy.embeddings
+    factor = table.factor if isinstance(table, QuantisedEmbedding) else embedding_factor(table)
+    scale = factor / math.sqrt(graph.anatomy.hidden_size)
+    return 1.0 if math.isclose(scale, 1.0, rel_tol=1e-6) else scale
 
 
 def _layer(graph: Graph, layer: Layer, name: str, heads: int) -> Iterator[Entry]:
