@@ -39,10 +39,12 @@ def lean(family: str, kinds: tuple[str, ...] = KINDS, head: str | None = None) -
 
 def batch(model: Any, rows: int, length: int, padded: bool) -> dict[str, torch.Tensor]:
     """Inputs of a size, with an attention mask wherever the model's padded inputs have one."""
+    if model.config.model_type == "wav2vec2":
+        length = max(length, 2)  # frames: torch.export has its convolutions take more than one
     masked = "attention_mask" in inputs(model, 2, 6, padded=True)
     made = inputs(model, rows, length, seed=rows + length, padded=padded and masked)
     if masked and "attention_mask" not in made:
-        made["attention_mask"] = torch.ones_like(made["input_ids"])
+        made["attention_mask"] = torch.ones_like(next(iter(made.values())), dtype=torch.int64)
     return made
 
 

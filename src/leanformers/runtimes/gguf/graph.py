@@ -131,7 +131,6 @@ def _check(anatomy: Anatomy, family: Family) -> None:
         wide = anatomy.hidden_size / max(layer.attention.num_attention_heads for layer in anatomy.layers)
     refusals = [
         (getattr(anatomy.head, "bias", None) is not None, "a bias on its head"),
-        (_scaled_otherwise(anatomy), "embeddings scaled by another width than its own (its residual stream was cut)"),
         (getattr(config, "attn_logit_softcapping", None), "soft-capped attention"),
         (getattr(config, "final_logit_softcapping", None), "soft-capped logits"),
     ]
@@ -156,12 +155,6 @@ def _check(anatomy: Anatomy, family: Family) -> None:
                 f"{type(anatomy.model).__name__} has {what}, which llama.cpp's graph {family.architecture!r} does not "
                 "compute: choose another runtime."
             )
-
-
-def _scaled_otherwise(anatomy: Anatomy) -> bool:
-    """Whether embeddings are scaled, and not by the root of the width, which is what llama.cpp takes."""
-    scale = getattr(anatomy.embeddings, "embed_scale", None)
-    return scale is not None and abs(float(scale) / anatomy.hidden_size**0.5 - 1) > 1e-2
 
 
 def _further(anatomy: Anatomy) -> Iterator[str]:
