@@ -8,14 +8,14 @@ outputs of the pruned blocks before it. Zeros save neither bytes nor time here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from leanformers.methods import Subject
 from leanformers.training.blockwise import Blocks
+from leanformers.training.streaming import Held, hold
 
 COLUMNS, DAMPENING = 128, 0.01
 
@@ -26,40 +26,23 @@ def prune(subject: Subject, rule: str, sparsity: float, samples: int) -> None:
     anatomy = subject.anatomy
     subject.model.eval()
     blocks = Blocks(anatomy, lambda batch: subject.task.forward(subject.model, batch))
-    batches = list(subject.calibration(samples, batch_size=8))
-    starts = [blocks.start(batch) for batch in batches]
-    masks = [blocks.real(batch, start.hidden_states) for batch, start in zip(batches, starts, strict=True)]
-    states = [start.hidden_states for start in starts]
+    held = hold(blocks, subject.calibration(samples, batch_size=8))
     for index, module in enumerate(blocks.modules):
         linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
-        seen = _second_moments(linears, starts, states, masks, index)
+        seen = _second_moments(linears, held, index)
         for name, linear in linears.items():
             RULES[rule](linear, seen[name], sparsity)
-        states = [start.run(index, hidden) for start, hidden in zip(starts, states, strict=True)]
+        for one in held:
+            one.states = one.run(index)
 
 
-def _second_moments(
-    linears: Mapping[str, nn.Module], starts: Any, states: list[Tensor], masks: list[Tensor | None], index: int
-) -> dict[str, Tensor]:
+def _second_moments(linears: Mapping[str, nn.Module], held: Sequence[Held], index: int) -> dict[str, Tensor]:
     """Sum over real tokens of x x^T of each linear's inputs: [in, in], float32."""
     seen: dict[str, Tensor] = {}
-    mask: Tensor | None = None
-
-    def watch(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0] if mask is None else args[0][mask]
-            x = x.reshape(-1, x.shape[-1]).float()
-            seen[name] = seen.get(name, 0) + x.t() @ x
-
-        return hook
-
-    handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
-    try:
-        for start, hidden, mask in zip(starts, states, masks, strict=True):  # noqa: B007 (the hooks read it)
-            start.run(index, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
+    for one in held:
+        for name, x in zip(linears, one.watch(index, inputs=list(linears.values())), strict=True):
+            rows = one.tokens(x).float()
+            seen[name] = seen.get(name, 0) + rows.t() @ rows
     return seen
 
 

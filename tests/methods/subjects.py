@@ -42,7 +42,17 @@ def decoder(seed: int = 0, **fields: Any) -> Subject:
     return Subject(model=model, tokenizer=tokenizer, task=task)
 
 
+def conv1d() -> Subject:
+    """GPT-2, whose linears are stored [in, out] and whose query, key and value are one."""
+    subject = decoder()
+    torch.manual_seed(0)
+    config = T.GPT2Config(vocab_size=len(subject.tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    subject.model = T.GPT2LMHeadModel(config).eval()
+    return subject
+
+
 BOTH = {"encoder": encoder, "decoder": decoder}
+EVERY = {**BOTH, "conv1d": conv1d}
 
 
 def outputs(subject: Subject, limit: int = 8) -> torch.Tensor:

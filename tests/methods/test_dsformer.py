@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers as T
 from safetensors.torch import load_file
-from subjects import BOTH, decoder, encoder, outputs
+from subjects import EVERY, encoder, outputs
 
 from leanformers.errors import LeanError
 from leanformers.methods import get
@@ -16,17 +15,6 @@ from leanformers.parts.dense_sparse import dense_sparse_bits
 
 SMALL = {"ratio": 1.5, "width": 16, "nonzeros": 2, "iterations": 3}
 QUICK = {**SMALL, "epochs": 0.5, "limit": 32, "batch_size": 8}
-
-
-def conv1d():
-    subject = decoder()
-    torch.manual_seed(0)
-    config = T.GPT2Config(vocab_size=len(subject.tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    subject.model = T.GPT2LMHeadModel(config).eval()
-    return subject
-
-
-EVERY = {**BOTH, "conv1d": conv1d}
 
 
 def treated(make=encoder, **settings):

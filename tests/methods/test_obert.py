@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers as T
-from subjects import BOTH, decoder, encoder, outputs
+from subjects import EVERY, encoder, outputs
 
 from leanformers.errors import LeanError
 from leanformers.methods import get
@@ -14,18 +13,6 @@ from leanformers.parts import MaskedLinear
 from leanformers.surgery import ledger
 
 QUICK = {"gradients": 12, "gradient_batch": 4}
-
-
-def conv1d():
-    """GPT-2, whose linears are stored [in, out] and whose query, key and value are one."""
-    subject = decoder()
-    torch.manual_seed(0)
-    config = T.GPT2Config(vocab_size=len(subject.tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    subject.model = T.GPT2LMHeadModel(config).eval()
-    return subject
-
-
-EVERY = {**BOTH, "conv1d": conv1d}
 
 
 def pruned(make=encoder, **settings):
