@@ -294,10 +294,17 @@ with (
     )
     if alone:
         asked = [ms for name, ms in alone.items() if name in ("batch 16, S 512", "batch 16, S 1024")]
-        gain = min(ms["padded SDPA with mask"] / ms["triton"] for ms in asked) if asked else None
-        evidence.check("Padded SDPA with mask over our kernel, batch 16, S 512 and 1024", gain, ">= 2")
+        if asked:
+            gain = min(ms["padded SDPA with mask"] / ms["triton"] for ms in asked)
+            evidence.check("Padded SDPA with mask over our kernel, batch 16, S 512 and 1024", gain, ">= 2")
         evidence.check(
             "varlen_attn over our kernel, worst", min(ms["varlen_attn"] / ms["triton"] for ms in alone.values()), ">= 1"
+        )
+    if not evidence.holds:
+        evidence.cause = (
+            "at short sequences the parts that the floor leaves out weigh most: GELU, norms and residual sums move as "
+            "many bytes as the linears, one kernel after another takes its time to start, and a call waits once for "
+            "the lengths"
         )
     if ARGUMENTS.small:
         evidence.folder = Path("/tmp")

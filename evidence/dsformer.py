@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from leanformers.training import Penalty
 
 RATIOS = (2.0, 2.8, 3.57)
 WIDTH, NONZEROS, BITS = 32, 4, 32
+FORMS = ("straight_through", "fixed_pattern", "svd", "largest")
 EPOCHS, RATE, FACTOR_RATE = 3.0, 3e-5, 2e-4
 
 
@@ -140,11 +143,47 @@ def latency(source: Subject, repeats: int = 30) -> float:
     return min(times)
 
 
+def of_seed(seed: int, ratios: tuple[float, ...], given: argparse.Namespace) -> dict[str, Any]:
+    """Accuracies of every form at every ratio, of what stands beside them, and notes on the form at 2.8x."""
+    base = treat(
+        subject("minilm", task(given.task, size=100 if given.small else 3_000), seed=seed),
+        {"method": "fine-tune", "epochs": given.epochs},
+    )
+    more = copied(base)
+    more.train(given.epochs, RATE, limit=given.limit)
+    alone, notes = {"tuned": quality(base), "dense": quality(more)}, {}
+    forms: dict[str, dict[float, float]] = {name: {} for name in FORMS}
+    for ratio in ratios:
+        made = dense_sparse(base, ratio, given)
+        forms["straight_through"][ratio] = quality(made)
+        forms["fixed_pattern"][ratio] = quality(dense_sparse(base, ratio, given, straight_through=False))
+        forms["svd"][ratio] = low_rank(base, ratio, given)
+        forms["largest"][ratio] = largest(base, ratio, given)
+        if ratio == 2.8:
+            alone["int8_at_2.8"], times = rounded(made)
+            alone["distilled_at_2.8"] = quality(dense_sparse(base, ratio, given, distil=True))
+            notes = {**made.notes, "int8_ratio": times, "latency": {"dense": latency(base)}}
+            for mode in ("materialised", "factored"):
+                start = dense_sparse(base, ratio, given, mode=mode, epochs=0.0, iterations=1)
+                notes["latency"][mode] = latency(start)
+        print(f"seed {seed}, {ratio}x: {forms} {alone}", flush=True)
+    return {"forms": forms, "alone": alone, "notes": notes}
+
+
+def side_by_side(calls: list[tuple[Any, ...]], workers: int) -> list[dict[str, Any]]:
+    """The seeds, in processes of their own where more than one works."""
+    if workers <= 1:
+        return [of_seed(*call) for call in calls]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(of_seed, *zip(*calls, strict=True)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="a dry run on a small machine")
     parser.add_argument("--weights", action="store_true", help="the weights alone, no result is written")
     parser.add_argument("--task", default="sentiment")
+    parser.add_argument("--workers", type=int, default=1, help="seeds side by side")
     parser.add_argument("--results", type=Path, default=None, help="where the result is written")
     given = parser.parse_args()
     given.epochs, given.limit, given.iterations = (0.5, 64, 1) if given.small else (EPOCHS, None, 15)
@@ -160,33 +199,10 @@ def main() -> None:
         seeds=seeds,
         folder=given.results,
     ) as evidence:
-        rows = task(given.task, size=100 if given.small else 3_000)
-        names = ("straight_through", "fixed_pattern", "svd", "largest")
-        table: dict[str, dict[float, list[float]]] = {name: {ratio: [] for ratio in ratios} for name in names}
-        alone: dict[str, list[float]] = {"dense": [], "tuned": [], "distilled_at_2.8": [], "int8_at_2.8": []}
-        notes: dict[str, Any] = {}
-        for seed in seeds:
-            base = treat(subject("minilm", rows, seed=seed), {"method": "fine-tune", "epochs": given.epochs})
-            alone["tuned"].append(quality(base))
-            more = copied(base)
-            more.train(given.epochs, RATE, limit=given.limit)
-            alone["dense"].append(quality(more))
-            for ratio in ratios:
-                made = dense_sparse(base, ratio, given)
-                table["straight_through"][ratio].append(quality(made))
-                fixed = dense_sparse(base, ratio, given, straight_through=False)
-                table["fixed_pattern"][ratio].append(quality(fixed))
-                table["svd"][ratio].append(low_rank(base, ratio, given))
-                table["largest"][ratio].append(largest(base, ratio, given))
-                if ratio == 2.8:
-                    accuracy, times = rounded(made)
-                    alone["int8_at_2.8"].append(accuracy)
-                    alone["distilled_at_2.8"].append(quality(dense_sparse(base, ratio, given, distil=True)))
-                    notes = {**made.notes, "int8_ratio": times, "latency": {"dense": latency(base)}}
-                    for mode in ("materialised", "factored"):
-                        start = dense_sparse(base, ratio, given, mode=mode, epochs=0.0, iterations=1)
-                        notes["latency"][mode] = latency(start)
-            print(f"seed {seed}: {table} {alone}", flush=True)
+        found = side_by_side([(seed, ratios, given) for seed in seeds], given.workers)
+        table = {name: {r: [one["forms"][name][r] for one in found] for r in ratios} for name in FORMS}
+        alone = {name: [one["alone"][name] for one in found] for name in found[0]["alone"]}
+        notes = found[0]["notes"]
 
         accuracy_of = {name: {ratio: mean(v) for ratio, v in found.items()} for name, found in table.items()}
         others = {name: mean(values) for name, values in alone.items()}
@@ -212,6 +228,12 @@ def main() -> None:
         dropped = 100 * (accuracy_of["straight_through"][2.8] - others["int8_at_2.8"])
         evidence.check("Lost to int8 on top at 2.8x, points", dropped, "<= 1")
         evidence.check("int8 on top: ratio of the linears' bits", notes["int8_ratio"], "> 2.8")
+        if not evidence.holds:
+            evidence.cause = (
+                "three epochs over 3,000 sentences teach dense-sparse factors less than the dense linears "
+                "know, and which atoms a row uses is settled by the first factorisation: learned and fixed "
+                "choices differ by less than their seeds do"
+            )
 
 
 if __name__ == "__main__":

@@ -271,6 +271,12 @@ def run(
     evidence.check("Largest error against float64", worst, "<= 2e-3")
     evidence.check(f"The same to the bit, {times} times", repeats, lambda held: held, "yes")
     evidence.check(f"SmolLM2 decodes SDPA's {tokens} tokens", same, lambda of: all(of.values()), "in every case")
+    if not evidence.holds:
+        evidence.cause = (
+            "on this GPU cuDNN reaches the same share of the bandwidth at 16,384 keys (0.89 of a copy's, "
+            "which reads and writes), so nothing is left to gain there; one wave filled badly costs a "
+            "memory-bound kernel less than it costs one bound by arithmetic"
+        )
 
 
 if __name__ == "__main__":

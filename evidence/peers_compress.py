@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from claim import Evidence
+from claim import RESULTS, Evidence
 from common import copied, device, subject, treat
 from leanformers.anatomy import count_parameters
 from leanformers.anatomy.flops import model_flops
 from leanformers.measure import compare
+from leanformers.measure.memory import cpu_rise, gpu_rise
 from leanformers.methods import Subject, get
 from one_shot import prune
 from vtrans import cut, magnitudes
@@ -33,7 +34,7 @@ SHARES = {"parameters": 0.85, "flops": 0.8}
 ONE_SHOT, LENGTH = 0.5, 128
 STEPS: Mapping[str, tuple[str, float, float, dict[str, Any]]] = {  # setting, where it cuts most and least, the others
     "slicegpt": ("slice", 0.6, 0.01, {}),
-    "optin": ("budget", 0.1, 0.99, {"samples": 64, "rows": 512, "neuron_group": 32}),
+    "optin": ("budget", 0.1, 0.99, {"samples": 32, "rows": 512, "neuron_group": 64}),
     "vtrans": ("target", 0.9, 0.01, {"variant": "faster", "limit": 2_000}),
     "greenformers": ("rank", 0.05, 1.9, {}),
     "drop-layers": ("keep", 0.1, 1.0, {}),
@@ -56,7 +57,7 @@ def fitted(source: Subject, slug: str, what: str, share: float) -> dict[str, Any
         middle = (most + least) / 2
         most, least = (middle, least) if left(middle) < share else (most, middle)
     value = min((most, least), key=lambda v: abs(left(v) - share))
-    return {"method": slug, name: round(value, 4), **others}
+    return {"method": slug, name: value, **others}  # unrounded: just there a layer more would stay
 
 
 def flops(source: Subject) -> int:
@@ -111,24 +112,28 @@ def zeroed(rule: str) -> Callable[[Subject], Subject]:
 
 
 def compressed(source: Subject, make: Callable[[Subject], Subject]) -> tuple[Subject, dict[str, Any]]:
-    """What ``make`` leaves, with its seconds and its peak memory beyond the models (on a GPU)."""
-    on_gpu = source.model.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    start = time.perf_counter()
-    result = make(source)
-    row: dict[str, Any] = {"seconds": time.perf_counter() - start}
-    if on_gpu:
-        row["peak_bytes"] = torch.cuda.max_memory_allocated() - before - weights(source)  # the copy is the evidence's
-    return result, row
+    """What ``make`` leaves, with its seconds and its peak memory beyond the models (on a CPU what is resident)."""
+    made: list[Subject] = []
+    taken: list[float] = []
+
+    def call() -> None:
+        start = time.perf_counter()
+        made.append(make(source))
+        taken.append(time.perf_counter() - start)
+
+    device = source.model.device
+    rise = gpu_rise(call, device) if device.type == "cuda" else cpu_rise(call)
+    row: dict[str, Any] = {"seconds": taken[0]}
+    if rise is not None:
+        row["peak_bytes"] = max(0, rise - weights(source))  # the copy is the evidence's
+    return made[0], row
 
 
 def weights(of: Subject) -> int:
     return sum(p.numel() * p.element_size() for p in of.model.parameters())
 
 
-def table(source: Subject, rows: int) -> dict[str, dict[str, Any]]:
+def table(source: Subject, rows: int, seconds: float) -> dict[str, dict[str, Any]]:
     """Every method at both shares, and the outside references."""
     ways: dict[str, Callable[[Subject], Subject]] = {}
     for what, share in SHARES.items():
@@ -149,7 +154,7 @@ def table(source: Subject, rows: int) -> dict[str, dict[str, Any]]:
         for name, folder in folders.items():
             save(made[name], folder)
         entries = {name: (s.model, s.tokenizer) for name, s in made.items()}
-        measured = compare(entries, source.task, limit=rows, batch_size=8, seconds=90.0, folders=folders)
+        measured = compare(entries, source.task, limit=rows, batch_size=8, seconds=seconds, folders=folders)
     for name, m in measured.items():
         found[name] |= {
             "quality": m.quality,
@@ -158,9 +163,18 @@ def table(source: Subject, rows: int) -> dict[str, dict[str, Any]]:
             "bytes": m.bytes,
             "flops": m.flops,
             "latency": m.latency,
+            "latency_ratio": m.latency_ratio,
         }
-        print(name, {k: v for k, v in found[name].items() if k != "metrics"}, flush=True)
     return found
+
+
+def show(name: str, rows: dict[str, dict[str, Any]]) -> None:
+    """All that was measured, a line a model."""
+    columns = ("quality", "parameters", "bytes", "flops", "latency", "latency_ratio", "seconds", "peak_bytes")
+    print(f"\n{name:28}" + "".join(f"{column:>15}" for column in columns))
+    for label, row in rows.items():
+        cells = (f"{value:15,.4g}" if (value := row.get(column)) is not None else f"{'–':>15}" for column in columns)
+        print(f"{label:28}" + "".join(cells), flush=True)
 
 
 def save(of: Subject, folder: Path) -> None:
@@ -191,21 +205,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=("smollm2", "minilm"))
     parser.add_argument("--rows", type=int, default=400, help="test rows of a quality")
+    parser.add_argument("--seconds", type=float, default=90.0, help="of timing, all models together")
+    parser.add_argument("--base", type=Path, help="a MiniLM fine-tuned on sentiment; by default it is made here")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
     wanted = [given.only] if given.only else ["smollm2", "minilm"]
     with Evidence(
-        "peers-compress",
+        f"peers-compress-{given.only}" if given.only else "peers-compress",
         claim="Structure chosen with data keeps more quality than structure chosen by the size of its weights",
         paper="the cards of slicegpt, optin, vtrans, greenformers; Torch-Pruning (arXiv 2301.12900), Wanda, SparseGPT",
         seeds=(0,),
+        folder=given.results,
     ) as evidence:
         evidence.result = {"device": device()}
         for name in wanted:
             if name == "smollm2":
                 source = subject("smollm2", "docstrings-lm", dtype=torch.float32)
+            elif given.base is not None:
+                source = subject(str(given.base), "sentiment")
             else:
                 source = treat(subject("minilm", "sentiment"), {"method": "fine-tune", "epochs": 2.0})
-            rows = table(source, given.rows)
+            rows = table(source, given.rows, given.seconds)
+            show(name, rows)
             evidence.baseline[name] = rows.pop("dense")
             evidence.result[name] = rows
             judged(evidence, name, rows, source.task.better)

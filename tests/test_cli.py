@@ -201,6 +201,14 @@ def test_apply_says_how_to_load(tiny_bert, tmp_path):
     assert "stock" in result.output and (tmp_path / "lean" / "recipe.yaml").is_file()
 
 
+def test_apply_says_in_words_that_zeros_save_nothing(tiny_bert, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("steps: [{method: essential-sparsity, sparsity: 0.9}]")
+    result = runner.invoke(app, ["apply", str(recipe), "--model", str(tiny_bert), "--out", str(tmp_path / "lean")])
+    assert result.exit_code == 0, result.exception
+    assert "that essential-sparsity set to zero save no bytes and no time" in result.output
+
+
 def test_measure_against_a_baseline(tiny_bert, table):
     data = ["--data", str(table), "--text", "body", "--label", "topic", "--limit", "4"]
     result = runner.invoke(app, ["measure", str(tiny_bert), *data, "--baseline", str(tiny_bert), "--json"])

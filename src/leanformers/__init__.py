@@ -9,6 +9,7 @@ so that the import itself costs nothing.
     frontier = lean.slim("./my-bert", task, goals=["latency<=0.5x", "quality>=0.99x"], out="runs/mine")
     model = lean.apply([{"method": "greenformers", "rank": 0.5}], model)
     model = lean.pack(model)  # an encoder without padding: the same outputs, sooner
+    model = lean.prepack(model)  # a decoder whose generate prefills without padding: the same tokens, sooner
     lean.edit(model, edit) · lean.ledger(model) · lean.measure(model, task) · lean.Anatomy.of(model)
 """
 
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from leanformers.frontier.slim import slim
     from leanformers.measure import Measurement, compare, measure
     from leanformers.methods import Subject, method, methods
-    from leanformers.packing import pack
+    from leanformers.methods.run.latency_adjustable import set_speedup
+    from leanformers.packing import pack, prefill, prepack
     from leanformers.recipe import Recipe, apply
     from leanformers.surgery import apply as edit
     from leanformers.surgery import ledger, tier
@@ -46,6 +48,9 @@ _PUBLIC = {
     "Recipe": "leanformers.recipe",
     "export": "leanformers.deploy",
     "pack": "leanformers.packing",
+    "prefill": "leanformers.packing",
+    "prepack": "leanformers.packing",
+    "set_speedup": "leanformers.methods.run.latency_adjustable",
     "edit": "leanformers.surgery:apply",
     "ledger": "leanformers.surgery",
     "tier": "leanformers.surgery",
@@ -64,8 +69,9 @@ _PUBLIC = {
 
 __all__ = [
     "LeanError", "__version__",
-    "slim", "Frontier", "apply", "Recipe", "export", "pack", "edit", "ledger", "tier", "Anatomy",
-    "measure", "compare", "Measurement", "advise", "methods", "method", "Subject", "task", "Task", "load",
+    "slim", "Frontier", "apply", "Recipe", "export", "pack", "prefill", "prepack", "set_speedup", "edit", "ledger",
+    "tier", "Anatomy", "measure", "compare", "Measurement", "advise", "methods", "method", "Subject", "task", "Task",
+    "load",
 ]  # fmt: skip
 
 

@@ -36,19 +36,29 @@ def execute(steps: Sequence[Mapping[str, Any]], subject: Subject, *, folder: Pat
     """
     built = [(get(step["method"]), build(step)) for step in steps]
     teachable = subject.teacher if subject.teacher is not None else subject.task
+    taught = dataclasses.replace(subject, teacher=teachable)
     for info, _ in built:
-        if reason := info.missing(dataclasses.replace(subject, teacher=teachable)):
+        if reason := info.missing(taught):
             raise LeanError(reason)
+    for step, (info, _) in zip(steps, built, strict=True):
+        info.check(taught, settings_of(step))
+        if info.edits:
+            break  # what comes after it meets another model
     for place, (step, (info, method)) in enumerate(zip(steps, built, strict=True)):
         if info.stage != "prepare" and _wants_teacher(subject, built[place:]):
             subject.teacher = teacher_of(subject)
-        info.check(subject, {name: value for name, value in step.items() if name != "method"})
+        info.check(subject, settings_of(step))
         seed_everything(subject.seed)
         subject.output_dir = folder / f"step-{place}" if folder is not None else None
         _log.info("step %d of %d: %s", place + 1, len(built), step)
         method(subject)
     subject.model.eval()
     return subject
+
+
+def settings_of(step: Mapping[str, Any]) -> dict[str, Any]:
+    """A step's settings, without its method."""
+    return {name: value for name, value in step.items() if name != "method"}
 
 
 def _wants_teacher(subject: Subject, ahead: Sequence[tuple[Any, Any]]) -> bool:

@@ -65,7 +65,8 @@ def whole(target: Path, *, keep: bool = False) -> Iterator[Path]:
     """A folder beside `target` that takes its place once the block ends without error.
 
     A reader sees the old folder or the new one, never a half. keep: go on from what an earlier attempt left
-    there, and leave it for a later one if the block fails for another reason than a full disk.
+    there, and leave it for a later one if the block fails for another reason than a full disk; without a folder in it
+    (of a training) there is nothing to go on from.
     """
     partial = partial_of(target)
     if not keep:
@@ -76,7 +77,8 @@ def whole(target: Path, *, keep: bool = False) -> Iterator[Path]:
             yield partial
             replace(partial, target)
         except BaseException as error:
-            if not keep or disk_full(error):
+            begun = partial.is_dir() and any(entry.is_dir() for entry in partial.iterdir())
+            if not (keep and begun) or disk_full(error):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 
 import pytest
 import torch
@@ -146,6 +147,23 @@ def test_a_saved_folder_has_the_bytes_of_the_state(make, tmp_path):
     assert 0 < header < 200 * tensors
     assert sizes.tokenizer == 15
     assert sizes.other > 1000
+
+
+def test_bytes_are_those_of_du_and_zeros_count_in_full(make, tmp_path):
+    """What a user sees: the weight file as du shows it. Masked weights are stored like others, each mask beside."""
+    from leanformers.methods import Subject, get
+
+    plain, masked = make["llama"](), Subject(model=make["llama"]())
+    get("essential-sparsity").build({"sparsity": 0.9})(masked)
+    sizes = []
+    for name, model in (("plain", plain), ("masked", masked.model)):
+        model.save_pretrained(tmp_path / name)
+        file = tmp_path / name / "model.safetensors"
+        shown = subprocess.run(["du", "--apparent-size", "--bytes", file], capture_output=True, text=True, check=True)
+        sizes.append(bytes_on_disk(tmp_path / name).weights)
+        assert sizes[-1] == int(shown.stdout.split()[0])
+    assert sizes[1] > sizes[0]
+    assert parameters(masked.model) == parameters(plain)
 
 
 def test_only_one_format_counts(tmp_path):

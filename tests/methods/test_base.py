@@ -124,7 +124,7 @@ def test_needs_and_suits_are_checked_before_work():
     info.check(subject_of("text-classification"))
     with pytest.raises(LeanError, match="does not suit this model: it has no layers"):
         info.check(subject_of("text-classification"), {"layers": []})
-    anatomy = SimpleNamespace(family=SimpleNamespace(name="bert"))
+    anatomy = SimpleNamespace(family=SimpleNamespace(name="bert"), layers=())
 
     @method("only-llama", suits={"families": ("llama",)})
     @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def test_needs_and_suits_are_checked_before_work():
 
 
 class Anatomised(Subject):
-    anatomy = SimpleNamespace(family=SimpleNamespace(name="bert"))
+    anatomy = SimpleNamespace(family=SimpleNamespace(name="bert"), layers=())
 
 
 def subject_of(kind):

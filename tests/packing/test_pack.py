@@ -16,6 +16,7 @@ from leanformers.anatomy import Anatomy
 from leanformers.errors import LeanError
 from leanformers.kernels.varlen import refusal_of_device
 from leanformers.packing import Index, is_packed, pack, refusal
+from leanformers.packing.fusing import LinearGelu
 from leanformers.packing.graphs import round_up
 from leanformers.packing.support import refusal_here
 from leanformers.surgery import apply, ledger
@@ -84,7 +85,7 @@ def test_edited_models_pack_too(family, kind):
                 continue
     if not made:
         pytest.skip("the family has no place for this edit")
-    if kind == "swap_attention":
+    if kind in ("swap_attention", "reduce_tokens"):
         with pytest.raises(LeanError, match="holds a mixer"):
             pack(model)
         return
@@ -301,6 +302,43 @@ def test_a_gpu_without_a_kernel_is_refused(monkeypatch):
     assert "T4 is too old" in refusal_here(wide, gpu, torch.float16)
     refusal_of_device.cache_clear()
     assert refusal_here(wide, torch.device("cpu"), torch.float16) is None
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra", "mpnet"])
+def test_what_graphs_fill_in_changes_nothing(family):
+    """A graph's batch is longer and has more tokens than were given; on a CPU the same is run without a graph."""
+    model = TINY[family](head="base")
+    packed = pack(model)
+    batch = ragged(model)
+    mask = batch["attention_mask"].bool()
+    rows, length = mask.shape
+    filled = {name: torch.nn.functional.pad(part, (0, 5)) for name, part in batch.items()}
+    index = Index.filled(filled.pop("attention_mask"), int(mask.sum()) + 7, int(mask.sum(1).max()) + 3)
+    output = packed.packer._run(packed, packed.packer._row(packed, filled, index), index)
+    assert output["last_hidden_state"].shape[1] == int(mask.sum()) + 7
+    found = index.of_tokens(int(mask.sum())).unpack(output["last_hidden_state"])[:, :length]
+    torch.testing.assert_close(found[mask], states(model, batch)[mask], **EXACT)
+    assert found.shape[:2] == (rows, length) and not found[~mask].any()
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra", "mpnet"])
+def test_activations_are_fused_on_the_copy_alone(family):
+    model = TINY[family]()
+    kinds = [type(module) for module in model.modules()]
+    packed = pack(model)
+    fused = [module for module in packed.modules() if isinstance(module, LinearGelu)]
+    assert len(fused) == len(Anatomy.of(model).layers)
+    assert [type(module) for module in model.modules()] == kinds
+    assert packed.state_dict().keys() == model.state_dict().keys()
+    assert Anatomy.of(packed).layers[0].feed_forward.up.out_features == 64
+
+
+def test_other_activations_are_left_alone():
+    model = TINY["bert"](hidden_act="relu")
+    packed = pack(model)
+    assert not any(isinstance(module, LinearGelu) for module in packed.modules())
+    batch = ragged(model)
+    torch.testing.assert_close(outputs(packed, batch), outputs(model, batch), **EXACT)
 
 
 def test_graphs_waste_little():

@@ -12,6 +12,7 @@ from sample import sample
 from leanformers.errors import LeanError
 from leanformers.report import picture, render, view, write, write_picture
 from leanformers.report import quantities as q
+from leanformers.report.zeros import zeros
 
 VOID = {"meta", "input", "br", "link", "img", "hr"}
 
@@ -129,6 +130,46 @@ def test_what_is_missing_is_left_out(change):
     change(data)
     Checked(render(data))
     assert picture(data).startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("steps", "who"),
+    [
+        ([{"method": "obert", "sparsity": 0.5}], "obert"),
+        ([{"method": "essential-sparsity", "pattern": "2:4"}, {"method": "lora"}], "essential-sparsity"),
+        ([{"method": "obert"}, {"method": "essential-sparsity"}], "essential-sparsity and obert"),
+        ([{"method": "slicegpt"}, {"method": "axformer"}, {"method": "unheard-of"}], None),
+        ([], None),
+    ],
+)
+def test_zeros_that_save_nothing_are_said_in_words(steps, who):
+    assert zeros(steps).startswith(f"The weights that {who} set to zero save no bytes and no time") == (who is not None)
+    data = sample()
+    lost = sum(bool(zeros(view.steps(point))) for point in view.losers(data))
+    assert lost == 1  # the sample's essential-sparsity
+    data["points"][0]["recipe"]["steps"] = steps
+    text = Checked(render(data)).text
+    here = 2 if who else 0  # under the table, and in its details
+    assert text.count("save no bytes and no time") == lost + here
+    assert "bytes on disk: of the weight files, as du shows them" in text
+
+
+def test_model_card_says_in_words_that_zeros_save_nothing():
+    from types import SimpleNamespace
+
+    from leanformers.frontier.card import model_card
+    from leanformers.measure import Measurement
+    from leanformers.recipe import Recipe
+
+    def card(*steps):
+        recipe = Recipe(model="minilm", task="sentiment", steps=steps)
+        measured = Measurement(parameters=10, bytes=40, memory=40)
+        point = SimpleNamespace(name="p", tier="lean", recipe=recipe, measurement=measured, ratios={})
+        return model_card(point, {"name": "sentiment"}, ["import leanformers"])
+
+    masked, cut = card({"method": "obert", "sparsity": 0.5}), card({"method": "drop-layers", "keep": 0.5})
+    assert "The weights that obert set to zero save no bytes and no time" in masked
+    assert "zero" not in cut
 
 
 def test_interruption_is_said():

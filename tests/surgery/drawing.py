@@ -19,8 +19,10 @@ from leanformers.surgery import (
     KeepNeurons,
     KeepVocabulary,
     MaskWeights,
+    PrunePrompt,
     QuantiseEmbeddings,
     QuantiseLinear,
+    ReduceTokens,
     SliceResidual,
     SwapAttention,
 )
@@ -41,6 +43,8 @@ KINDS = (
     "quantise_linear_dynamic",
     "quantise_embeddings",
     "slice_residual",
+    "prune_prompt",
+    "reduce_tokens",
 )
 SPECIAL = 16  # ids below it stay: the tests' inputs and the configs' special tokens
 
@@ -90,6 +94,24 @@ def draw(model: Any, kind: str, seed: int = 0) -> Draw | None:
         except LeanError:
             return None
         return SliceResidual(size=size), {"keep": torch.tensor(sorted(dice.sample(range(total), size)))}
+    if kind == "reduce_tokens":
+        free = [one.index for one in anatomy.layers if not one.attention.absent and one.attention.mixer is None]
+        layers = sorted(dice.sample(free, min(2, len(free))))
+        where = dice.choice(("after_layer", "before_feed_forward"))
+        settings = {"keep": [0.6] * len(layers), "drop": [1] * len(layers), "votes": [3] * len(layers)}
+        reduced = ReduceTokens(layers=tuple(layers), where=where, rule="page_rank", settings=settings)
+        try:
+            reduced.cost(anatomy)
+        except LeanError:
+            return None
+        return reduced, {}
+    if kind == "prune_prompt":
+        pruned = PrunePrompt(path=layer.path, rate=dice.choice((0.3, 0.6)))
+        try:
+            pruned.cost(anatomy)
+        except LeanError:
+            return None
+        return pruned, {}
     paths = sorted(p for p in anatomy.roles if p.startswith(layer.path + "."))
     if not paths:
         return None

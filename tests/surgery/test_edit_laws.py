@@ -144,7 +144,7 @@ def test_random_sequences_reload_to_the_bit_in_a_new_process(tmp_path):
 def test_generate_with_cache_equals_without(family):
     for kind in KINDS:
         model = edited(family, kind)
-        if model is None:
+        if model is None or kind == "prune_prompt":  # prunes what it generates by its cache alone
             continue
         batch = inputs(model)
         if family in ENCODER_DECODERS:

@@ -343,6 +343,16 @@ class Anatomy:
             return [layer.cross_attention.query] if layer.cross_attention else []
         return [layer.attention.query, layer.attention.key, layer.attention.value]
 
+    @property
+    def reduces_tokens(self) -> bool:
+        """Whether later layers see fewer tokens than the first (``reduce_tokens``)."""
+        return any(layer.reducer is not None for layer in self.layers)
+
+    @property
+    def reads_one_vector(self) -> bool:
+        """Whether the model is a base model, or one whose head sees one vector of a whole sequence."""
+        return self.base is self.model or _flops.sees_one_vector(self.model)
+
     # -- cost --------------------------------------------------------------------------------------------
 
     def parameters(self) -> int:

@@ -119,6 +119,9 @@ class Family:
     ``fixed_width``: modules, in the base model or around it, that work on the stream in its full width beside the
     readers and writers, so that it cannot be made narrower with them.
 
+    ``summary_tokens``: tokens at the front (class, distillation) that a pooler or a classifier reads; 0 where there are
+    none.
+
     ``pooled``: modules that see one position of a sequence, in the base model or around it.
     ``scores_every_position``: a sequence classifier is applied to every position (decoders).
     """
@@ -139,3 +142,4 @@ class Family:
     fixed_width: tuple[str, ...] = ()
     pooled: tuple[str, ...] = ("pooler",)
     scores_every_position: bool = False
+    summary_tokens: int = 0

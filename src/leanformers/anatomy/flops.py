@@ -7,8 +7,8 @@ tables, norms and activations.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -26,6 +26,11 @@ _SEQUENCE_HEADS = (
     "ForImageClassificationWithTeacher",
     "ForAudioClassification",
 )
+
+
+def sees_one_vector(model: nn.Module) -> bool:
+    """Whether the class is one whose head sees one position, or one pooled vector, of a sequence."""
+    return type(model).__name__.endswith(_SEQUENCE_HEADS)
 
 
 class Rows(NamedTuple):
@@ -69,7 +74,7 @@ def outer_rows(anatomy: Anatomy) -> dict[str, Rows]:
     """The rows of every other linear, by name in the whole model: heads, poolers, embedding projections."""
     model, head = anatomy.model, anatomy.head
     inside = tuple(f"{anatomy.prefix}{layer.path}." for layer in anatomy.layers)
-    one_position = type(model).__name__.endswith(_SEQUENCE_HEADS) and not anatomy.family.scores_every_position
+    one_position = sees_one_vector(model) and not anatomy.family.scores_every_position
     rows: dict[str, Rows] = {}
     for name, module in outer_linears(model):
         if name.startswith(inside):
@@ -100,15 +105,28 @@ def attention_flops(attention: Attention, length: int, keys: int) -> int:
     return 4 * length * keys * width + 2 * attention.position_terms * length * attention.positions * width
 
 
-def layer_flops(anatomy: Anatomy, length: int, source_length: int | None = None) -> int:
-    """FLOPs of all layers on one sequence."""
+def layer_flops(
+    anatomy: Anatomy,
+    length: int,
+    source_length: int | None = None,
+    reducers: Mapping[int, Any] | None = None,
+) -> int:
+    """FLOPs of all layers on one sequence. reducers: what would drop tokens, by layer, in place of what does."""
     source = length if source_length is None else source_length
     both = len(anatomy.stacks) > 1
     rows = block_rows(anatomy)
     seen: dict[str, int] = {}
+    left: dict[str, int] = {}
     flops = 0
     for layer in anatomy.layers:
-        tokens = source if both and layer.stack == "encoder" else length
+        first = source if both and layer.stack == "encoder" else length
+        tokens = left.get(layer.stack, first)
+        reducer = layer.reducer if reducers is None else reducers.get(layer.index)
+        kept = tokens if reducer is None else reducer.kept(tokens, first)
+        left[layer.stack] = kept
+        if reducer is not None:
+            heads, width = layer.attention.num_attention_heads, layer.attention.key.out_features
+            flops += reducer.score_flops(tokens, heads, width)
         for attention in layer.attentions():
             if attention.cross and not both:  # a decoder alone skips it
                 continue
@@ -119,7 +137,7 @@ def layer_flops(anatomy: Anatomy, length: int, source_length: int | None = None)
             for projection in attention.extra:
                 seen[projection.path] = tokens
         for _, projection in layer.feed_forward.projections():
-            seen[projection.path] = tokens
+            seen[projection.path] = kept if reducer is not None and reducer.before_feed_forward else tokens
         shortcuts = (getattr(module, "shortcut", None) for module in layer.module.modules())
         flops += sum(tokens * linear_flops(module) for module in shortcuts if isinstance(module, nn.Module))
     for path, tokens in seen.items():

@@ -203,6 +203,12 @@ class Layer:
         }
         return {name: part for name, part in named.items() if part is not None and not part.absent}
 
+    @property
+    def reducer(self) -> Module | None:
+        """The attention's mixer if it drops tokens too (``parts.token_reducers``), else None."""
+        mixer = self.attention.mixer
+        return mixer if getattr(mixer, "reduces_tokens", False) else None
+
     def norm(self, place: str, reads: str) -> Norm | None:
         """The norm of a sub-layer at a place, None where the layer has none there."""
         return next((norm for norm in self.norms if (norm.place, norm.reads) == (place, reads)), None)

@@ -76,6 +76,7 @@ def run_apply(
     """Make a recipe's model in a folder, and say how to load it."""
     from leanformers.recipe import Recipe, run, task_of
     from leanformers.report.snippets import load_lines
+    from leanformers.report.zeros import zeros
     from leanformers.surgery import tier
 
     silence_transformers()
@@ -89,6 +90,8 @@ def run_apply(
     lean, _ = run(read, source, chosen, out=out, seed=seed, progress=True)
     screen = console()
     screen.print(f"\n{out} holds the {tier(lean)} model, its recipe and its measurement.", markup=False, soft_wrap=True)
+    if told := zeros(read.steps):
+        screen.print(told, markup=False, soft_wrap=True)
     if chosen is not None:
         for line in load_lines(str(out), chosen.kind, tier(lean)):
             screen.print(f"    {line}", markup=False, soft_wrap=True)

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from leanformers.report import view
 from leanformers.report.quantities import QUANTITIES, TABLE, metric_title, ratio, written
+from leanformers.report.zeros import zeros
 
 
 def _table(*columns: str, numbers: Sequence[str] = ()) -> Table:
@@ -39,7 +40,8 @@ def frontier(data: Mapping[str, Any]) -> Group:
         letter = Text(marks[str(point["name"])], "bold green" if point["name"] == data.get("best") else "bold")
         table.add_row(letter, *(_cell(point, key) for key in TABLE), view.loads_with(point) or "–")
         where = point.get("folder") or point["name"]
-        legend.add_row(letter, Text.assemble(view.added(data, point), (f"\n{where}", "dim")))
+        told = f"\n{found}" if (found := zeros(view.steps(point))) else ""
+        legend.add_row(letter, Text.assemble(view.added(data, point), (f"\n{where}", "dim"), (told, "yellow")))
     table.add_section()
     for point in [data["baseline"], *data.get("references", ())]:
         table.add_row(str(point["name"]), *(_cell(point, key) for key in TABLE), point.get("tier") or "–")

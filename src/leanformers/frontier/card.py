@@ -23,6 +23,7 @@ def model_card(
     lines: Python that loads the point. others: the same recipe in other runtimes. licence: of the base model.
     """
     from leanformers.measure.environment import describe
+    from leanformers.report.zeros import zeros
 
     recipe, measured = point.recipe, point.measurement
     steps = recipe.to_yaml().strip()
@@ -40,6 +41,7 @@ def model_card(
     front = f"base_model: {base}\n" if base and "/" in base and not base.startswith((".", "/")) else ""
     front += f"license: {licence}\n" if licence else ""
     load = "\n".join(lines)
+    told = f"\n{found}\n" if (found := zeros(recipe.steps)) else ""
     return f"""---
 library_name: transformers
 tags: [leanformers]
@@ -55,7 +57,7 @@ Made by leanformers from `{base}` for the task *{task.get("name", "")}* ({task.g
 
 Quality is {task.get("metric", "the task's metric")} on the test split; latency is of the runtime {measured.runtime}, on
 {describe()}.
-{_runtimes(others)}
+{told}{_runtimes(others)}
 ```python
 {load}
 ```

@@ -60,11 +60,8 @@ class Store:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        storage = optuna.storages.RDBStorage(
-            f"sqlite:///{self.folder / 'study.db'}", engine_kwargs={"connect_args": {"timeout": 120}}
-        )
         study = optuna.create_study(
-            storage=storage,
+            storage=self._storage(),
             study_name="-".join([*self.objectives, self.space.digest]),
             directions=["maximize", *(["minimize"] * (len(self.objectives) - 1))],  # type: ignore[list-item]
             load_if_exists=True,
@@ -74,6 +71,14 @@ class Store:
         worker, self._place = next((i, lock) for i, lock in places if lock is not None)
         study.sampler = _sampler(self.seed + 7919 * worker + len(study.trials))
         return study
+
+    def _storage(self) -> Any:
+        """Where the study is kept: on disk, for all processes."""
+        import optuna
+
+        return optuna.storages.RDBStorage(
+            f"sqlite:///{self.folder / 'study.db'}", engine_kwargs={"connect_args": {"timeout": 120}}
+        )
 
     def _take(self, name: str) -> FileLock | None:
         """The lock of that name, if nobody holds it."""

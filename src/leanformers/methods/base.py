@@ -103,11 +103,14 @@ class MethodInfo:
 
     @property
     def edits(self) -> tuple[str, ...]:
-        """Types of the edits that its file names, which are those that it may make."""
+        """Types of the edits that its file names, or the files that it shares with other methods: it may make those."""
         from leanformers.surgery import Edit
 
-        named = vars(sys.modules[self.cls.__module__]).values()
-        return tuple(sorted({v.type for v in named if isinstance(v, type) and issubclass(v, Edit) and v is not Edit}))
+        own = vars(sys.modules[self.cls.__module__]).values()
+        files = {str(getattr(value, "__module__", "")) for value in own}
+        shared = [vars(sys.modules[name]).values() for name in files if name.startswith("leanformers.methods.")]
+        named = [value for values in (own, *shared) for value in values if isinstance(value, type)]
+        return tuple(sorted({v.type for v in named if issubclass(v, Edit) and v is not Edit}))
 
     def build(self, settings: Mapping[str, Any] | None = None) -> Any:
         """The method with these settings; LeanError names an unknown setting or a wrong value."""
@@ -133,6 +136,8 @@ class MethodInfo:
             return f"{name} does not suit {task.kind} tasks; it suits {', '.join(kinds)}"
         if families and anatomy is not None and anatomy.family.name not in families:
             return f"{name} does not suit the family {anatomy.family.name}; it suits {', '.join(families)}"
+        if anatomy is not None and self.stage == "structure" and (shared := _shared_block(anatomy)):
+            return f"{name} does not suit this model: {shared}"
         if anatomy is not None and hasattr(self.cls, "refuses"):
             reason = self.build(settings).refuses(anatomy, task)
             return f"{name} does not suit this model: {reason}" if reason else None
@@ -149,7 +154,7 @@ class MethodInfo:
         """Refuse before any work what cannot run."""
         reason = self.missing(subject)
         if reason is None:
-            suited = self.suits.get("families") or hasattr(self.cls, "refuses")
+            suited = self.suits.get("families") or hasattr(self.cls, "refuses") or self.edits
             reason = self.unsuitable(subject.anatomy if suited else None, subject.task, settings)
         if reason is not None:
             raise LeanError(reason)
@@ -175,6 +180,16 @@ def _meets(need: str, subject: Subject) -> bool:
 
         return torch.cuda.is_available()
     return getattr(subject, need) is not None
+
+
+def _shared_block(anatomy: Any) -> str | None:
+    """Which block has weights of an earlier one; None where all have their own."""
+    owners: dict[int, str] = {}
+    for layer in anatomy.layers:
+        for parameter in layer.module.parameters():
+            if (owner := owners.setdefault(id(parameter), layer.path)) != layer.path:
+                return f"{layer.path} shares weights with {owner}; give each block its own (copy.deepcopy)"
+    return None
 
 
 def has_labels(task: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,28 @@ class Subject:
         device = self._device()
         for batch in task.calibration(self.tokenizer, samples, batch_size=batch_size):
             yield _move(batch, device)
+
+    def check_calibration(self, method: str, batches: Iterable[dict[str, Any]], length: int | None = None) -> None:
+        """Refuse calibration texts that are shorter together than one sequence of the task, or of `length` tokens.
+
+        Raises:
+            LeanError: they are; it names the method.
+        """
+        if not self.anatomy.is_text:
+            return
+        rows = seen = 0
+        for batch in batches:
+            first = next(iter(batch.values()))
+            mask = batch.get("attention_mask")
+            rows += len(first)
+            seen += int(mask.sum()) if mask is not None else first.shape[:2].numel()
+        wanted = getattr(self.task, "max_length", 0)
+        wanted = wanted if length is None else min(wanted, length)
+        if seen < wanted:
+            raise LeanError(
+                f"method '{method}': its {rows} calibration texts have {seen} tokens together, fewer than one sequence "
+                f"of {wanted}: raise samples, or give longer texts."
+            )
 
     def train(
         self,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from leanformers.anatomy import Anatomy, Attention, FeedForward
+from leanformers.errors import LeanError
 from leanformers.parts.attention import put_mixer, switch_on, take_mixer
 from leanformers.surgery import DropSublayers, KeepHeads, KeepNeurons, SwapAttention
 from leanformers.surgery.edits.swap_attention import MIXERS
@@ -68,6 +69,8 @@ class Switches:
     """The switches of a model: `layers[index][name]`, by the names of `Layer.sublayers`."""
 
     def __init__(self, anatomy: Anatomy) -> None:
+        if anatomy.reduces_tokens:
+            raise LeanError(f"{type(anatomy.model).__name__} drops tokens in its layers: remove parts before that.")
         self.anatomy = anatomy
         self.layers = [
             {name: Switch(part=part) for name, part in layer.sublayers().items()} for layer in anatomy.layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -22,20 +23,34 @@ class Index:
     batch: int
     length: int
 
-    @classmethod
-    def of(cls, mask: torch.Tensor) -> Index:
-        """Read a mask [batch, length] that is not 0 where a token is real; padding may stand anywhere.
+    @staticmethod
+    def lengths(mask: torch.Tensor) -> list[int]:
+        """Real tokens of each row, which is what a GPU is waited for, once."""
+        lengths: list[int] = (mask != 0).sum(1).tolist()
+        return lengths
 
-        The lengths are what a GPU is waited for, once.
-        """
-        real = mask != 0
-        lengths = real.sum(1).tolist()
-        flat = real.reshape(-1)
+    @classmethod
+    def of(cls, mask: torch.Tensor, lengths: list[int] | None = None) -> Index:
+        """Read a mask [batch, length] that is not 0 where a token is real; padding may stand anywhere."""
+        lengths = cls.lengths(mask) if lengths is None else lengths
+        flat = (mask != 0).reshape(-1)
         # On a GPU nonzero() would wait a second time, to learn what is known by now.
         places = torch.nonzero_static(flat, size=sum(lengths))[:, 0] if flat.is_cuda else flat.nonzero()[:, 0]
         edges = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(mask.device, non_blocking=True)
         longest = max(lengths, default=0)
         return cls(places=places, cu_seqlens=edges, max_length=longest, batch=mask.shape[0], length=mask.shape[1])
+
+    @classmethod
+    def filled(cls, mask: torch.Tensor, tokens: int, max_length: int) -> Index:
+        """Read a mask without waiting for the GPU: filled up to so many tokens with ones that belong to no sequence."""
+        real = mask != 0
+        places = torch.nonzero_static(real.reshape(-1), size=tokens, fill_value=0)[:, 0]
+        edges = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).int()
+        return cls(places=places, cu_seqlens=edges, max_length=max_length, batch=mask.shape[0], length=mask.shape[1])
+
+    def of_tokens(self, tokens: int) -> Index:
+        """The same without what it was filled up with."""
+        return dataclasses.replace(self, places=self.places[:tokens])
 
     @property
     def tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""Which models can be packed, and which not and why."""
+"""Which models can be packed, which decoders prefilled without padding, and which not and why."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def refusal(model: Any) -> str | None:
     if len(anatomy.stacks) > 1:
         return f"{name} has an encoder and a decoder, and packing is for encoders alone: {PADDED}."
     if anatomy.causal or getattr(anatomy.config, "is_decoder", False):
-        return f"{name} is causal, and packing is for encoders: {PADDED}."
+        return f"{name} is causal, and packing is for encoders: leanformers.prepack(model) packs its prompts."
     if any(attention.positions for layer in anatomy.layers for attention in layer.attentions()):
         return f"{name} scores positions within its attention, which packed attention does not: {PADDED}."
     mixer = next((a.path for layer in anatomy.layers for a in layer.attentions() if a.mixer is not None), None)
@@ -51,3 +51,66 @@ def refusal_here(anatomy: Anatomy, device: torch.device, dtype: torch.dtype) -> 
             reason = str(refused[0]).split(":")[0]
             return f"Packed attention has no kernel here ({reason}), and without one it would be slow: {PADDED}."
     return None
+
+
+def refusal_to_prefill(model: Any) -> str | None:
+    """Why a decoder's prompts cannot be packed, in one sentence; None where they can."""
+    try:
+        anatomy = Anatomy.of(model)
+    except LeanError as error:
+        return str(error)
+    name = type(model).__name__
+    if not anatomy.is_text or len(anatomy.stacks) > 1 or anatomy.config.is_encoder_decoder:
+        return f"{name} is no decoder alone, and prompts are packed for decoders: {PADDED}."
+    if not anatomy.causal:
+        return f"{name} is not causal and has no prompts to prefill: leanformers.pack(model) runs it without padding."
+    attentions = [attention for layer in anatomy.layers for attention in layer.attentions()]
+    if any(attention.cross for attention in attentions):
+        return f"{name} attends to an encoder, which packed prompts do not: {PADDED}."
+    mixer = next((attention.path for attention in attentions if attention.mixer is not None), None)
+    if mixer is not None:
+        return f"The attention at {mixer!r} holds a mixer, which takes no packed prompts: {PADDED}."
+    lazy = any(getattr(layer.module, "pruner", None) is not None for layer in anatomy.layers)
+    if lazy or any(getattr(attention.module, "kept_tokens", None) is not None for attention in attentions):
+        return f"{name} drops tokens as it reads, and packed prompts keep theirs: {PADDED}."
+    if any(attention.positions for attention in attentions) or anatomy.family.shared_position_bias:
+        return f"{name} scores positions within its attention, which packed attention does not: {PADDED}."
+    if getattr(anatomy.config, "attn_logit_softcapping", None) is not None:
+        return f"{name} caps its attention scores, which packed attention does not: {PADDED}."
+    if any(getattr(attention.module, "sinks", None) is not None for attention in attentions):
+        return f"{name} has attention sinks, which packed attention does not know: {PADDED}."
+    if getattr(anatomy.config, "use_bidirectional_attention", False):
+        return f"{name} looks both ways in its prompts, which packed prompts do not: {PADDED}."
+    if not model._can_set_attn_implementation():
+        return f"{name} computes its attention itself, so packed attention cannot take its place: {PADDED}."
+    return None
+
+
+def refusal_of_length(anatomy: Anatomy, longest: int) -> str | None:
+    """Why prompts of this length cannot be packed for a decoder; None where they can."""
+    config, name = anatomy.config, type(anatomy.model).__name__
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and longest > most:
+        return f"The longest prompt has {longest} tokens, and {name} takes {most}: cut it."
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds is None or "sliding_attention" in kinds
+    if window is not None and slides and longest > window:
+        return (
+            f"{name} looks back {window} tokens and the longest prompt has {longest}, and packed attention has no "
+            f"window: {PADDED}."
+        )
+    if positions_by_the_longest(config):
+        plain = config.rope_parameters.get("original_max_position_embeddings") or most
+        if plain is not None and longest > plain:
+            return (
+                f"{name} turns its positions by the longest prompt of a batch beyond {plain} tokens, and one here has "
+                f"{longest}: {PADDED}."
+            )
+    return None
+
+
+def positions_by_the_longest(config: Any) -> bool:
+    """Whether rotations depend on the longest prompt, which the model looks at in each pass."""
+    rope = getattr(config, "rope_parameters", None)
+    return isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope")

@@ -15,6 +15,7 @@ from leanformers.parts.quantised_embedding import (
     TiedQuantisedEmbedding,
     TiedQuantisedHead,
 )
+from leanformers.parts.token_reducers import TokenReducer
 from leanformers.parts.top_k import TopK
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "QuantisedLinear",
     "TiedQuantisedEmbedding",
     "TiedQuantisedHead",
+    "TokenReducer",
     "TopK",
 ]

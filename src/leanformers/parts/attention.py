@@ -18,6 +18,7 @@ off its last row, which sees every real key (but for sliding windows).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,11 +39,19 @@ def attend(
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: torch.Tensor | None = None,
+    observe: Callable[[torch.Tensor, torch.Tensor, float], None] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function; shapes as in the module's docstring."""
+    """The attention function; shapes as in the module's docstring.
+
+    observe: a caller that hands it to the layer is shown query, key and scaling before anything is attended.
+    """
+    if observe is not None:
+        observe(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if (tokens := getattr(module, "kept_tokens", None)) is not None:  # fewer than the model's mask speaks of
+        attention_mask = tokens.mask(attention_mask)
     mixer = getattr(module, "mixer", None)
-    if mixer is None:
+    if mixer is None or (getattr(mixer, "reduces_tokens", False) and mixer.idle()):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         if position_bias is not None:

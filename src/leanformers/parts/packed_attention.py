@@ -2,7 +2,8 @@
 
 Registered with transformers under a name of its own, for which no mask is ever made: a mask of the packed row would
 be as large as the square of all its tokens. The lengths come as the arguments that transformers hands on to
-FlashAttention, so no family needs code and a compiled model sees tensors only.
+FlashAttention, so no family needs code and a compiled model sees tensors only. Encoders look both ways; under a second
+name decoders, which prefill packed prompts, look back.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from leanformers.errors import LeanError
 from leanformers.kernels import varlen_attention
 
 PACKED = "packed-leanformers"
+PREFILL = "packed-causal-leanformers"
 
 
 def attend_packed(
@@ -27,6 +29,8 @@ def attend_packed(
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    *,
+    causal: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """query, key, value [1, heads, tokens, head_dim] -> [1, tokens, heads, head_dim]."""
@@ -36,7 +40,12 @@ def attend_packed(
             "leanformers.pack returned, not a part of it."
         )
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [tokens, heads, head_dim]
-    return varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling=scaling)[None], None
+    return varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, causal=causal, scaling=scaling)[None], None
+
+
+def attend_prefill(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """The same, looking back."""
+    return attend_packed(*args, **{**kwargs, "causal": True})
 
 
 def register_packed() -> str:
@@ -45,3 +54,11 @@ def register_packed() -> str:
 
     AttentionInterface.register(PACKED, attend_packed)
     return PACKED
+
+
+def register_prefill() -> str:
+    """The same for decoders' prompts."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PREFILL, attend_prefill)
+    return PREFILL

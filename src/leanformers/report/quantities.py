@@ -67,14 +67,14 @@ QUANTITIES: Mapping[str, Quantity] = {
         Quantity(
             key="bytes",
             title="bytes on disk",
-            unit="bytes",
+            unit="of the weight files, as du shows them",
             better="lower",
             write=lambda value: _scaled(value, ("B", "kB", "MB", "GB", "TB")),
         ),
         Quantity(
             key="parameters",
             title="parameters",
-            unit="count, tied ones once",
+            unit="count, tied ones once, zeros too",
             better="lower",
             write=lambda value: _scaled(value, ("", "k", "M", "B")),
         ),

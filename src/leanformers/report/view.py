@@ -9,6 +9,7 @@ from typing import Any
 
 from leanformers.report.quantities import QUANTITIES, TABLE, is_number, metric_title, ratio, seconds, written
 from leanformers.report.snippets import TIERS, load_lines
+from leanformers.report.zeros import zeros
 
 Point = Mapping[str, Any]
 
@@ -174,6 +175,7 @@ def row(data: Mapping[str, Any], point: Point, folder: Path | None = None) -> di
         "folder": place,
         "lines": load_lines(place, data.get("task", {}).get("kind", ""), tier, runtime_of(point)) if place else [],
         "reason": reason(data, point),
+        "zeros": zeros(steps(point)),
         "meets": point.get("meets"),
         "best": point.get("name") == data.get("best") and data.get("best") is not None,
         "notes": point.get("notes") or {},

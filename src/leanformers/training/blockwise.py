@@ -71,6 +71,11 @@ class Blocks:
                 f"{type(anatomy.model).__name__} has an encoder and a decoder; blocks are run one by one in models "
                 "with a single stack."
             )
+        if anatomy.reduces_tokens:
+            raise LeanError(
+                f"{type(anatomy.model).__name__} drops tokens between its blocks, which are run one by one here: "
+                "reduce tokens last."
+            )
         self.model, self.run = type(anatomy.model).__name__, run
         self.modules: list[nn.Module] = [layer.module for layer in anatomy.layers]
         self.outputs: int | None = None  # of a block: 0 for a bare tensor, else the size of its tuple

@@ -62,6 +62,7 @@ PERCEPTION: tuple[Family, ...] = (
         embeddings=None,
         writes=_TOKENS,
         inputs=_PATCHES,
+        summary_tokens=1,
         stock_heads="fixed_head_dim",
         outputs=("pooler.dense", "classifier"),
     ),
@@ -72,6 +73,7 @@ PERCEPTION: tuple[Family, ...] = (
         embeddings=None,
         writes=_TWO_TOKENS,
         inputs=_PATCHES,
+        summary_tokens=2,
         stock_heads="fixed_head_dim",
         outputs=("pooler.dense", "classifier", "cls_classifier", "distillation_classifier"),
     ),
@@ -83,6 +85,7 @@ PERCEPTION: tuple[Family, ...] = (
         embeddings=None,
         writes=_TOKENS,
         inputs=_PATCHES,
+        summary_tokens=1,
         stock_heads="fixed_head_dim",
         fixed_width=("classifier",),  # reads the class token and the mean of the patches side by side
     ),
@@ -93,6 +96,7 @@ PERCEPTION: tuple[Family, ...] = (
         embeddings=None,
         writes=_TWO_TOKENS,
         inputs=_PATCHES,
+        summary_tokens=2,
         stock_heads="fixed_head_dim",
         fixed_width=("classifier",),  # norms the mean of two tokens before it reads it
     ),

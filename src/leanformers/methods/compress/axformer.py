@@ -61,6 +61,8 @@ class AxFormer:
             return "an embedding has no loss of its own for each row"
         if task is not None and not task.splits.get("validation"):
             return "it decides on validation rows, and the task has none; split some off its training rows"
+        if anatomy.reduces_tokens:
+            return "it drops tokens in its layers; reduce tokens last"
         if self.k is not None and not anatomy.model._can_set_attn_implementation():
             return "its attention cannot be exchanged for top-k attention; set k to null"
         if anatomy.rotated:

@@ -81,6 +81,8 @@ class FuseGPT:
     def refuses(self, anatomy: Anatomy, task: Any) -> str | None:
         if len(anatomy.stacks) > 1:
             return "it fuses the blocks of a single stack, and this one has an encoder and a decoder"
+        if anatomy.reduces_tokens:
+            return "it drops tokens in its layers; reduce tokens last"
         count, gone = anatomy.num_hidden_layers, self._gone(anatomy)
         if gone > count - 1:
             return f"a sparsity of {self.sparsity} takes {gone} of its {count} blocks; lower it to leave at least one"
@@ -248,6 +250,7 @@ class Fusion:
                 break
         if not batches:
             raise LeanError("method 'fusegpt': the task has no training texts to calibrate on; give it some.")
+        self.subject.check_calibration("fusegpt", batches, length)
         return batches
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from leanformers.anatomy import Anatomy
 from leanformers.errors import LeanError
-from leanformers.methods.base import Subject, method, setting
+from leanformers.methods.base import Choice, Range, Subject, method, setting
 from leanformers.methods.pruning import drop_smallest, global_counts, hold, mask_of, prunable
 from leanformers.parts.quantised import QuantisedLinear
 from leanformers.training import fisher
@@ -235,6 +235,12 @@ class Obert:
         if mask is not None and bool((mask.view(-1, 4) != mask.view(-1, 4)[:, :1]).any()):
             return f"{path} has single zeros, which 4-block cannot count: take pattern unstructured"
         return None
+
+    @classmethod
+    def space(cls) -> dict[str, Choice | Range]:
+        # For those who name it: a Fisher that an estimate can afford.
+        affordable: dict[str, tuple[int, ...]] = {"gradients": (32,), "gradient_batch": (2,), "block_size": (16,)}
+        return {"sparsity": Choice((0.3, 0.5)), **{name: Choice(values) for name, values in affordable.items()}}
 
     @classmethod
     def starts(cls) -> list[dict[str, Any]]:

@@ -53,7 +53,9 @@ class Optin:
         if self.budget == 1.0:
             return
         anatomy = subject.anatomy
-        batch = _shortened(next(subject.calibration(self.samples, batch_size=self.samples)), self.tokens)
+        batch = next(subject.calibration(self.samples, batch_size=self.samples))
+        subject.check_calibration("optin", [batch])
+        batch = _shortened(batch, self.tokens)
         scores = Scorer(subject, batch, self).scores()
         length = float(_real(batch).sum()) / len(_real(batch))
         for index, (heads, neurons) in enumerate(select(anatomy, scores, self.budget, length)):
@@ -67,6 +69,8 @@ class Optin:
     def refuses(self, anatomy: Anatomy, task: Any) -> str | None:
         if len(anatomy.stacks) > 1 or not anatomy.is_text:
             return "it scores text models of one stack"
+        if anatomy.reduces_tokens:
+            return "it drops tokens in its layers; reduce tokens last"
         for path, projection in anatomy.linears().items():
             for part in projection.module.modules():
                 if is_linear(part) and not is_dense(part) and not isinstance(part, LowRankLinear):

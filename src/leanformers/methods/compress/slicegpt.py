@@ -71,6 +71,8 @@ class SliceGPT:
         }
 
     def refuses(self, anatomy: Anatomy, task: Any) -> str | None:
+        if anatomy.reduces_tokens:
+            return "it drops tokens in its layers; reduce tokens last"
         if self.size(anatomy.hidden_size) < 8:
             return f"slice {self.slice} leaves fewer than 8 of its {anatomy.hidden_size} dimensions; take a smaller one"
         try:
@@ -190,12 +192,7 @@ def _texts(subject: Subject, settings: SliceGPT) -> list[dict[str, Tensor]]:
             break
         taken.append(batch)
         seen += count
-    length = getattr(subject.task, "max_length", 0) if subject.anatomy.is_text else 0
-    if seen < length:
-        raise LeanError(
-            f"method 'slicegpt': its {settings.samples} calibration texts have {seen} tokens together, fewer than one "
-            f"sequence of {length}: raise samples, or give longer texts."
-        )
+    subject.check_calibration("slicegpt", taken)
     return taken
 
 

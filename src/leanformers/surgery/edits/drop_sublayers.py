@@ -35,6 +35,9 @@ class DropSublayers(Edit):
         for name in self.sublayers:
             if name not in there:
                 raise LeanError(f"{self.path} has no {name!r} to drop: it has {', '.join(there) or 'nothing left'}.")
+        reducer = layer.reducer
+        if reducer is not None and ("attention" in self.sublayers or reducer.before_feed_forward):
+            raise LeanError(f"Tokens are dropped within {self.path}: drop its sub-layers before reduce_tokens.")
         if not self.sublayers or len(set(self.sublayers)) < len(self.sublayers):
             raise LeanError(f"sublayers={list(self.sublayers)} for {self.path}: name each of {', '.join(there)} once.")
         if sum(len(other.sublayers()) for other in anatomy.layers) == len(self.sublayers):

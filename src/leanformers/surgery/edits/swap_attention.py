@@ -34,6 +34,8 @@ class SwapAttention(Edit):
         attention = anatomy.attention(self.path)
         if self.mixer not in MIXERS:
             raise LeanError(f"There is no mixer {self.mixer!r} for {self.path}: choose one of {', '.join(MIXERS)}.")
+        if getattr(attention.mixer, "reduces_tokens", False):
+            raise LeanError(f"The attention at {self.path} chooses tokens to drop: swap it before reduce_tokens.")
         if not anatomy.model._can_set_attn_implementation():
             raise LeanError(
                 f"{type(anatomy.model).__name__} does not hand its attention to transformers' attention interface, "

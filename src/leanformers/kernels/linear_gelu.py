@@ -1,0 +1,119 @@
+"""A linear and the GELU after it in one kernel, for inference on a GPU: ByteTransformer's fused bias and activation.
+
+Zhai et al. (2023, arXiv 2210.03052, section on kernel fusion). The activation of a feed-forward layer is its largest
+tensor; unfused it is written, read and written again. The exact form is computed (by erf), as PyTorch's default does.
+
+Whether the kernel beats a library's product with an activation after it depends on sizes and GPU, so both are timed
+where they are to run, once for each size (tokens to a power of two), and the faster one is used from then on. The time
+of that is some hundredths of a second.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import gelu, linear
+
+if TYPE_CHECKING:
+    from leanformers.kernels.linear_gelu_triton import Tiles
+
+_HALF = (torch.float16, torch.bfloat16)
+_SHAPES = ((128, 128, 64, 4, 3), (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4))
+_ROUNDS, _RUNS = 5, 8
+_Key = tuple[int, int, int, torch.dtype, torch.device]
+_fastest: dict[_Key, Tiles | None] = {}  # None: the library's product and an activation after it
+
+
+def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """gelu(x @ weight.T + bias), without gradients on a GPU.
+
+    Args:
+        x: [..., in_features]. weight: [out_features, in_features]. bias: [out_features].
+
+    Returns:
+        [..., out_features].
+    """
+    if fits(x, weight):
+        return _op(x, weight, bias)
+    return reference(x, weight, bias)
+
+
+def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The same in plain PyTorch, with gradients."""
+    return gelu(linear(x, weight, bias))
+
+
+def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the kernel can do it: half precision on a GPU, no gradients, rows of 16 bytes."""
+    if x.device.type != "cuda" or x.dtype not in _HALF or weight.dtype != x.dtype or weight.shape[1] % 8:
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    return _runs(x.device) and not torch.is_autocast_enabled("cuda")
+
+
+@torch.compiler.assume_constant_result
+def _runs(device: torch.device) -> bool:
+    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@torch.library.custom_op("leanformers::linear_gelu", mutates_args=())
+def _op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """As one operation, so that the choice breaks no graph."""
+    from leanformers.kernels.linear_gelu_triton import launch
+
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    tiles = choose(flat, weight, bias)
+    out = reference(flat, weight, bias) if tiles is None else launch(flat, weight.contiguous(), bias, tiles)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+@_op.register_fake
+def _(x, weight, bias):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def choose(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Tiles | None:
+    """What was measured to be the fastest for sizes like these, measured now if it was not; None: no kernel of ours."""
+    key = (x.shape[0].bit_length(), *weight.shape, x.dtype, x.device)
+    if key not in _fastest:
+        if x.shape[0] == 0 or torch.cuda.is_current_stream_capturing():
+            return None  # nothing to measure by, or no way to
+        _fastest[key] = _measured(x, weight, bias)
+    return _fastest[key]
+
+
+def _measured(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Tiles | None:
+    from leanformers.kernels.linear_gelu_triton import Tiles, launch
+
+    ways: dict[Tiles | None, Callable[[], torch.Tensor]] = {None: partial(reference, x, weight, bias)}
+    for tiles in (Tiles(*shape) for shape in _SHAPES):
+        way = partial(launch, x, weight, bias, tiles)
+        try:
+            way()
+        except Exception:  # too large for this GPU's shared memory, or not for its compiler
+            continue
+        ways[tiles] = way
+    seconds: dict[Tiles | None, list[float]] = {tiles: [] for tiles in ways}
+    for _ in range(_ROUNDS):
+        for cut, run in ways.items():
+            run()
+            seconds[cut].append(_milliseconds(run))
+    return min(seconds, key=lambda cut: statistics.median(seconds[cut]))
+
+
+def _milliseconds(way: Callable[[], torch.Tensor]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(_RUNS):
+        way()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
