@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not os.path.exists("/dev/nvidiactl"):  # no GPU: kernels run in the interpreter, which torch's import would rule out
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import logging
 import random
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,17 @@ def _seeded() -> Iterator[None]:
     if torch is not None and hasattr(torch, "manual_seed"):
         torch.manual_seed(0)
     yield
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> Iterator[None]:
+    """The command line changes the logger of the whole process: put it back."""
+    logger = logging.getLogger("leanformers")
+    before = (logger.level, list(logger.handlers), logger.propagate)
+    yield
+    logger.setLevel(before[0])
+    logger.handlers[:] = before[1]
+    logger.propagate = before[2]
 
 
 @pytest.fixture

@@ -5,11 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import json
-import logging
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -21,17 +19,6 @@ from leanformers.cli.errors import sentence
 from leanformers.errors import LeanError
 
 runner = CliRunner()
-
-
-@pytest.fixture(autouse=True)
-def _logging() -> Iterator[None]:
-    """The command line changes the logger of the whole process: put it back."""
-    logger = logging.getLogger("leanformers")
-    before = (logger.level, list(logger.handlers), logger.propagate)
-    yield
-    logger.setLevel(before[0])
-    logger.handlers[:] = before[1]
-    logger.propagate = before[2]
 
 
 @pytest.fixture
