@@ -48,17 +48,17 @@ def shared(name: str) -> Any:
 
 
 def kinds() -> tuple[str, ...]:
-    """The model as it is, and every edit that the tests draw.
+    """The model as it is, and every edit that can be exported, as the tests draw it.
 
     Raises:
         SystemExit: the registry of edits has one that they do not draw.
     """
-    from leanformers.surgery.edit import edit_types
+    from leanformers.surgery.edit import edit_types, exportable_types
 
     drawn = shared("drawing").KINDS
     if unknown := [name for name in edit_types() if not any(kind.startswith(name) for kind in drawn)]:
         raise SystemExit(f"tests/surgery/drawing.py draws no {', '.join(unknown)}: add it to KINDS and draw")
-    return (PLAIN, *drawn)
+    return (PLAIN, *(kind for kind in drawn if edit_of(kind) in exportable_types()))
 
 
 def edit_of(kind: str) -> str:

@@ -15,7 +15,7 @@ from leanformers.deploy.proof import ProofError
 from leanformers.errors import LeanError
 from leanformers.methods import get
 from leanformers.runtimes import runtimes
-from leanformers.surgery import DropLayers, FactoriseLinear, KeepNeurons, MaskWeights
+from leanformers.surgery import DropLayers, FactoriseLinear, KeepNeurons, MaskWeights, PrunePrompt
 
 
 def lean_encoder():
@@ -74,6 +74,17 @@ def test_a_lean_decoder_is_exported_with_its_cache(to, tmp_path):
     with pytest.raises(LeanError, match="in floats alone: export to gguf"):
         exported(subject, to, tmp_path / "int8", quantize="int8")
     assert not (tmp_path / "int8").exists()
+
+
+@pytest.mark.parametrize("to", ["onnx", "gguf"])
+def test_what_an_export_would_no_longer_do_is_refused(to, tmp_path):
+    if refusal := runtimes()[TARGETS[to].runtime].refusal():
+        pytest.skip(refusal)
+    subject = decoder()
+    lean.edit(subject.model, PrunePrompt(path="layers.0", rate=0.5))
+    with pytest.raises(LeanError, match=r"reads its prompts whole.*Export the model that it was made of"):
+        exported(subject, to, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_stock_model_needs_no_import(tmp_path):

@@ -12,6 +12,7 @@ from leanformers.deploy.proof import Proof, prove
 from leanformers.deploy.targets import target
 from leanformers.errors import LeanError
 from leanformers.execute import load_model, task_of
+from leanformers.surgery import ledger
 
 if TYPE_CHECKING:
     from leanformers.measure import Measurement
@@ -78,6 +79,8 @@ def export(
     if loaded.device.type != "cpu":  # exports are made there, and the caller's model stays where it is
         loaded = copy.deepcopy(loaded).to("cpu")
     loaded.eval()
+    if lost := next((edit.lost_by_export for edit in ledger(loaded) if edit.lost_by_export is not None), None):
+        raise LeanError(f"{lost} Export the model that it was made of.")
     with folders.whole(folder) as partial:
         if max_drop is not None and wanted.within is not None:
             wanted.within(loaded, own, the_task, partial, max_drop)

@@ -47,6 +47,7 @@ class Edit:
 
     type: ClassVar[str]
     version: ClassVar[int] = 1
+    lost_by_export: ClassVar[str | None] = None  # what an exported model no longer does, in one sentence
 
     def apply(self, anatomy: Anatomy, **tensors: Any) -> None:
         """Change the model that ``anatomy`` maps, in place."""
@@ -107,6 +108,11 @@ def from_json(record: Any) -> Edit:
 def edit_types() -> Iterator[str]:
     """The vocabulary: the names of all edits."""
     yield from sorted(_REGISTRY)
+
+
+def exportable_types() -> Iterator[str]:
+    """Of them, those that an exported model goes on doing."""
+    yield from (name for name in edit_types() if _REGISTRY[name].lost_by_export is None)
 
 
 # -- helpers that edits share ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from leanformers.anatomy import Anatomy, Layer
 from leanformers.errors import LeanError
@@ -20,6 +21,10 @@ class PrunePrompt(Edit):
 
     path: str
     rate: float
+
+    lost_by_export: ClassVar[str | None] = (
+        "An exported decoder reads its prompts whole: only PyTorch's generate leaves tokens out as lazyllm does."
+    )
 
     def _layer(self, anatomy: Anatomy) -> Layer:
         from leanformers.lazy.support import refusal
