@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from types import MethodType
@@ -12,6 +11,7 @@ import torch
 
 from leanformers.errors import LeanError
 from leanformers.packing.prefilling import FULL, Prefiller
+from leanformers.packing.sharing import sharing
 from leanformers.packing.support import PADDED, refusal_to_prefill
 
 M = TypeVar("M", bound=torch.nn.Module)
@@ -59,9 +59,7 @@ def prepack(model: M, *, compile: bool = False, graphs: bool = False) -> M:
     """
     if (refused := refusal_to_prefill(model)) is not None:
         raise LeanError(refused)
-    # Every tensor is its own copy, so the two models share the weights and nothing else.
-    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    packed = copy.deepcopy(model, tensors)
+    packed = sharing(model)
     switch_on(packed, compile=compile, graphs=graphs)
     return packed
 

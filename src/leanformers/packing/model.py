@@ -30,6 +30,7 @@ from leanformers.packing.fusing import fuse
 from leanformers.packing.graphs import MOST_TOKENS, PaddedGraphs, Row
 from leanformers.packing.index import Index
 from leanformers.packing.relative import lengths_as_mask, put_packed_attention
+from leanformers.packing.sharing import sharing
 from leanformers.packing.support import refusal, refusal_here
 
 M = TypeVar("M", bound=torch.nn.Module)
@@ -66,9 +67,7 @@ def pack(model: M, *, compile: bool = False, graphs: bool = False) -> M:
     refused = refusal(inner) or refusal_here(Anatomy.of(inner), weight.device, weight.dtype)
     if refused is not None:
         raise LeanError(refused)
-    # Every tensor is its own copy, so the two models share the weights and nothing else.
-    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    packed = copy.deepcopy(model, tensors)
+    packed = sharing(model)
     copied = _only_model(packed, PreTrainedModel)
     anatomy = Anatomy.of(copied)
     base: Any = anatomy.base

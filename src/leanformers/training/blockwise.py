@@ -27,8 +27,8 @@ from leanformers.training.progress import bar
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-class _Enough(Exception):
-    """The last block was reached: the rest of the model need not run."""
+class Enough(Exception):
+    """All that was asked for has been seen: the rest of a forward pass need not run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ class Blocks:
                     output = original(hidden_states, *others, **named)
                     self.outputs = len(output) if isinstance(output, tuple) else 0
                 if len(calls) == len(self.modules):
-                    raise _Enough
+                    raise Enough
                 return (hidden_states, *[None] * (self.outputs - 1)) if self.outputs else hidden_states
 
             return forward
@@ -115,7 +115,7 @@ class Blocks:
             for index, module in enumerate(self.modules):
                 vars(module)["forward"] = stand_in(index)
             self.run(batch)
-        except _Enough:
+        except Enough:
             pass
         finally:
             self._restore(before)

@@ -15,11 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from leanformers.errors import LeanError
-from leanformers.training.blockwise import Blocks, Start
-
-
-class _Enough(Exception):
-    """All that was asked for has been seen."""
+from leanformers.training.blockwise import Blocks, Enough, Start
 
 
 @dataclass(eq=False)
@@ -54,7 +50,7 @@ class Held:
         def note(key: tuple[str, int], tensor: Tensor) -> None:
             seen[key] = tensor
             if len(seen) == len(wanted):
-                raise _Enough
+                raise Enough
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
             note(("input", id(module)), args[0])
@@ -66,7 +62,7 @@ class Held:
         handles += [module.register_forward_hook(after) for module in outputs]
         try:
             self.run(index)
-        except _Enough:
+        except Enough:
             pass
         finally:
             for handle in handles:
