@@ -14,6 +14,7 @@ temporary name first. `holds` is computed from the measured value and the requir
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import operator
@@ -149,6 +150,15 @@ class Evidence:
                 told = f"{check.name}: {check.measured} (required {check.required})"
                 print(f"{'holds' if check.holds else 'FAILS'}  {told}")
             print(f"{path} written: {'held' if self.holds else 'not held'}")
+
+
+def arguments(doc: str | None, small: str | None = "a dry run on a small machine") -> argparse.ArgumentParser:
+    """What a script can be told: where its result goes, and `--small` for a dry run, which `small` describes."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if small is not None:
+        parser.add_argument("--small", action="store_true", help=small)
+    parser.add_argument("--results", type=Path, default=None, help="where the result is written")
+    return parser
 
 
 def _plain(value: Any) -> Any:

@@ -50,5 +50,9 @@ def quality(of: Subject, split: str = "test", limit: int | None = None) -> float
     return of.evaluate(split, limit)[of.task.metric]
 
 
+def perplexity(of: Subject, limit: int | None = None, split: str = "test") -> float:
+    return of.evaluate(split, limit)["perplexity"]
+
+
 def mean(values: Any) -> float:
     return statistics.fmean(values)

@@ -14,14 +14,13 @@ import argparse
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from claim import Evidence
+from claim import Evidence, arguments
 from common import copied, device, mean, quality, subject, treat
 from leanformers.methods import Subject
 from leanformers.methods.compress.dsformer import rank_of
@@ -179,12 +178,10 @@ def side_by_side(calls: list[tuple[Any, ...]], workers: int) -> list[dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="a dry run on a small machine")
+    parser = arguments(__doc__)
     parser.add_argument("--weights", action="store_true", help="the weights alone, no result is written")
     parser.add_argument("--task", default="sentiment")
     parser.add_argument("--workers", type=int, default=1, help="seeds side by side")
-    parser.add_argument("--results", type=Path, default=None, help="where the result is written")
     given = parser.parse_args()
     given.epochs, given.limit, given.iterations = (0.5, 64, 1) if given.small else (EPOCHS, None, 15)
     seeds, ratios = ((0,), (2.8,)) if given.small else ((0, 1, 2), RATIOS)

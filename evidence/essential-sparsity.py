@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from claim import Evidence
-from common import mean, quality, subject, treat
+from common import mean, perplexity, quality, subject, treat
 from leanformers.tasks import task
 
 SEEDS = (0, 1, 2)
@@ -38,14 +38,14 @@ with Evidence(
 ) as evidence:
     language = subject("smollm2", "docstrings-lm", dtype="float32")
 
-    def perplexity(*steps: dict[str, Any]) -> float:
-        return treat(language, *steps).evaluate("test", TOKENS)["perplexity"]
+    def after(*steps: dict[str, Any]) -> float:
+        return perplexity(treat(language, *steps), TOKENS)
 
-    dense = perplexity()
-    curve = {level: perplexity(prune(sparsity=level)) / dense for level in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)}
-    layer = {level: perplexity(prune(sparsity=level, scope="layer")) / dense for level in (0.2, 0.4, 0.5)}
-    groups = {pattern: perplexity(prune(pattern=pattern)) / dense for pattern in ("1:2", "2:4", "4:8")}
-    random = perplexity(prune(sparsity=0.1, scores="random")) / dense
+    dense = after()
+    curve = {level: after(prune(sparsity=level)) / dense for level in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)}
+    layer = {level: after(prune(sparsity=level, scope="layer")) / dense for level in (0.2, 0.4, 0.5)}
+    groups = {pattern: after(prune(pattern=pattern)) / dense for pattern in ("1:2", "2:4", "4:8")}
+    random = after(prune(sparsity=0.1, scores="random")) / dense
     essential = max(level for level, ratio in {0.0: 1.0, **curve}.items() if ratio <= 1.1)
 
     sentences = task("sentiment", size=SENTENCES)

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ class Bench:
             def _quick(self) -> dict[str, Any]:
                 return {**super()._quick(), "latency": False}  # it is no objective, and several searches run at once
 
-            def _measured(self, subject: Any, start: float, folder: Path | None = None) -> Any:
-                found = super()._measured(subject, start, folder)
+            def _measured(self, subject: Any, *place: Any) -> Any:
+                found = super()._measured(subject, *place)
                 self.on_test = subject.evaluate("test", given.test)
                 return found
 
@@ -131,7 +132,7 @@ def part(folder: Path, arm: str, seed: int, given: argparse.Namespace) -> None:
     # One process a search: its trials need no database.
     setattr(Store, "_storage", lambda self: InMemoryStorage())  # noqa: B010
     own = Bench(folder, given, given.deadline)
-    infos, _ = suited({name: get(name) for name in names(arm)}, own.inner, explicit=True)
+    infos, _ = suited({name: get(name) for name in names(arm)}, own.inner.subject, own.inner.venue, explicit=True)
     goals = parse_all(GOALS, own.inner.task.better)
     search = Search(
         folder / f"{arm}-{seed}",
@@ -143,6 +144,11 @@ def part(folder: Path, arm: str, seed: int, given: argparse.Namespace) -> None:
         seed=seed,
         say=lambda text: print(text, flush=True),
     )
+    starts = search.space.starts()[: max(5, given.trials // 3)]  # as explore takes them: the same for every seed
+    share = seed * len(starts) // len(SEEDS)
+    for steps in [*starts[share:], *starts[:share]]:  # so the searches of an arm divide them, and do not queue
+        with suppress(Exception, KeyboardInterrupt):  # what is wrong is told when it is a trial
+            own.estimate(steps)
     try:
         search.explore()
     except KeyboardInterrupt:
@@ -262,7 +268,7 @@ def judged(
     evidence.result["ratios by seed"] = ratios
     evidence.check("Trials of each search", trials, ">= 16")
     evidence.check("Hypervolume on the test rows, with over without, mean of seeds", mean(ratios), "> 1")
-    share = mean(sum(map(uses_six, rows)) / len(rows) for rows in joint.values())
+    share = mean(sum(map(uses_six, rows)) / max(len(rows), 1) for rows in joint.values())
     evidence.check("Share of the frontier of both arms that uses one of the six, mean of seeds", share, "> 0")
 
 

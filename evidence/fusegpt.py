@@ -8,16 +8,14 @@ on validation text. Both then go on to 8 blocks. For a GPU; --small is a dry run
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from claim import Evidence
-from common import copied, subject
+from claim import Evidence, arguments
+from common import copied, perplexity, subject
 from leanformers.methods import Subject
 from leanformers.methods.compress.fusegpt import FuseGPT, Fusion
 from leanformers.surgery import DropLayers
@@ -67,10 +65,6 @@ def block_influence(source: Subject, settings: FuseGPT) -> list[float]:
     return [value / len(batches) for value in total]
 
 
-def perplexity(of: Subject, split: str, limit: int | None) -> float:
-    return of.evaluate(split, limit)["perplexity"]
-
-
 class Run:
     """One variant: its rounds, and the perplexities after some of them."""
 
@@ -87,8 +81,8 @@ class Run:
         so_far = copy.deepcopy(self.fusion)
         so_far.finish()
         self.found[count] = {
-            "test": perplexity(so_far.subject, "test", self.limit),
-            "validation": perplexity(so_far.subject, "validation", self.limit),
+            "test": perplexity(so_far.subject, self.limit),
+            "validation": perplexity(so_far.subject, self.limit, "validation"),
             "removed": [one.removed for one in self.fusion.rounds],
             "losses": [one.losses for one in self.fusion.rounds],
         }
@@ -110,10 +104,7 @@ def equal_rank(source: Subject, run: Run) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="a dry run: short texts, 1 and 2 blocks go")
-    parser.add_argument("--results", type=Path, default=None, help="where the result is written")
-    given = parser.parse_args()
+    given = arguments(__doc__, small="a dry run: short texts, 1 and 2 blocks go").parse_args()
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     settings, few, many, limit = FuseGPT(length=512), 3, 8, None
@@ -126,7 +117,7 @@ def main() -> None:
         folder=given.results,
     ) as evidence:
         source = subject("smollm2", packed(settings.length or 512), dtype="float32")
-        dense = perplexity(source, "test", limit)
+        dense = perplexity(source, limit)
         print(f"dense: perplexity {dense:.3f}", flush=True)
 
         scores = block_influence(source, settings)
@@ -135,7 +126,7 @@ def main() -> None:
         for count in (few, many):
             cut = copied(source)
             cut.apply(DropLayers(keep=tuple(sorted(order[count:]))))
-            by_input[count] = {"test": perplexity(cut, "test", limit), "removed": order[:count]}
+            by_input[count] = {"test": perplexity(cut, limit), "removed": order[:count]}
             print(f"block influence: {count} blocks less, perplexity {by_input[count]['test']:.3f}", flush=True)
 
         def run(name: str, **changed: Any) -> Run:

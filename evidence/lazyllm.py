@@ -9,21 +9,19 @@ prompts, and its times are shown and not judged.
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from claim import Evidence
+from claim import Evidence, arguments
 from common import device, subject
 from leanformers.anatomy import Anatomy
 from leanformers.lazy import LazyCache, mean_keep, predicted_speedup, spread
@@ -259,11 +257,10 @@ def _wait(ids: Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__, small=None)
     parser.add_argument("--prompts", type=int, default=None, help="by default 10, on a GPU 72")
     parser.add_argument("--workers", type=int, default=None, help="processes; by default 2, on a GPU 6")
     parser.add_argument("--rounds", type=int, default=5, help="of the timing")
-    parser.add_argument("--results", type=Path, default=None, help="where the result is written")
     given = parser.parse_args()
     where = device()
     count = given.prompts or (72 if where == "cuda" else 10)

@@ -6,22 +6,17 @@ for 106 M weights in blocks of 50 takes 21 GB, so this is for a GPU; --small is 
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
-from claim import Evidence
-from common import subject, treat
+from claim import Evidence, arguments
+from common import perplexity, subject, treat
 
 SPARSITY = 0.5
 TOKENS = 48  # held-out rows scored
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="a dry run on a small machine")
-    parser.add_argument("--results", type=Path, default=None, help="where the result is written")
-    given = parser.parse_args()
+    given = arguments(__doc__).parse_args()
     small = {"gradients": 2, "gradient_batch": 1, "block_size": 2, "memory": 0.3}
     few: dict[str, Any] = small if given.small else {}
     with Evidence(
@@ -32,22 +27,22 @@ def main() -> None:
     ) as evidence:
         source = subject("smollm2", "docstrings-lm", dtype="float32")
 
-        def perplexity(name: str, *steps: dict[str, Any]) -> float:
+        def after(name: str, *steps: dict[str, Any]) -> float:
             treated = treat(source, *steps)
-            found = treated.evaluate("test", 4 if given.small else TOKENS)["perplexity"]
+            found = perplexity(treated, 4 if given.small else TOKENS)
             print(f"{name}: {found:.2f}", treated.notes, flush=True)
             return found
 
-        dense = perplexity("dense")
-        magnitude = perplexity("magnitude", {"method": "essential-sparsity", "sparsity": SPARSITY})
+        dense = after("dense")
+        magnitude = after("magnitude", {"method": "essential-sparsity", "sparsity": SPARSITY})
         step = {"method": "obert", "sparsity": SPARSITY, **few}
-        table = {"obert": perplexity("obert", step)}
+        table = {"obert": after("obert", step)}
         if not given.small:
             few = {"gradients": 256}
-            table["diagonal Fisher, 256 gradients"] = perplexity("diagonal", {**step, **few, "block_size": 1})
-            table["damp 1e-6, 256 gradients"] = perplexity("damp 1e-6", {**step, **few, "damp": 1e-6})
+            table["diagonal Fisher, 256 gradients"] = after("diagonal", {**step, **few, "block_size": 1})
+            table["damp 1e-6, 256 gradients"] = after("damp 1e-6", {**step, **few, "damp": 1e-6})
             parts = {"gradients": 128, "recomputations": 4}
-            table["4 recomputations, 128 gradients each"] = perplexity("recomputed", {**step, **parts})
+            table["4 recomputations, 128 gradients each"] = after("recomputed", {**step, **parts})
         evidence.baseline = {"perplexity": dense, "perplexity_magnitude": magnitude}
         evidence.result = {"perplexity": table}
         evidence.check("Perplexity at 50%, ratio to magnitude's", table["obert"] / magnitude, "< 1")

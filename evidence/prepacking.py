@@ -8,17 +8,15 @@ compared prompt by prompt in float32. Texts are cut to 512 tokens; `prepacking_g
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import leanformers as lean
-from claim import Evidence
+from claim import Evidence, arguments
 from leanformers.packing import first_fit_decreasing
 from leanformers.packing.prefilling import Prefiller
 from leanformers.tasks import load
@@ -146,11 +144,10 @@ def differing(one: list[list[int]], other: list[list[int]]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__, small=None)
     parser.add_argument("--prompts", type=int, default=PROMPTS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--longest", type=int, default=LONGEST)
-    parser.add_argument("--results", type=Path, default=None, help="where the result is written")
     given = parser.parse_args()
     bench = Bench(docstring_texts(given.prompts), given.longest, "cpu", "float32")
     prefiller, prepacked = Prefiller(bench.model), lean.prepack(bench.model)

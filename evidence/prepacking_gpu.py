@@ -8,17 +8,15 @@ on a CPU.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import leanformers as lean
-from claim import Evidence
+from claim import Evidence, arguments
 from leanformers.packing.prefilling import Prefiller
 from leanformers.tasks.docstrings import docstring_texts
 from prepacking import NEW_TOKENS, PROMPTS, Bench, Call, differing, in_turns, medians, over
@@ -145,10 +143,8 @@ def exact(evidence: Evidence, texts: list[str], longest: int, device: str) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="a dry run on a CPU")
+    parser = arguments(__doc__, small="a dry run on a CPU")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--results", type=Path, default=None, help="where the result is written")
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if given.small:

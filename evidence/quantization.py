@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from claim import Evidence
-from common import quality, subject, treat
+from common import perplexity, quality, subject, treat
 from leanformers.measure.cost import bytes_of_state
 
 ROWS = 32
@@ -14,11 +14,11 @@ with Evidence(
     paper="torchao 0.18: symmetric int8, one scale per output row",
 ) as evidence:
     language = subject("smollm2", "docstrings-lm", dtype="float32")
-    dense = language.evaluate("test", ROWS)["perplexity"]
+    dense = perplexity(language, ROWS)
     rows = treat(language, {"method": "quantization"})
     with_table = treat(language, {"method": "quantization", "embeddings": True})
-    quantised = rows.evaluate("test", ROWS)["perplexity"]
-    both = with_table.evaluate("test", ROWS)["perplexity"]
+    quantised = perplexity(rows, ROWS)
+    both = perplexity(with_table, ROWS)
 
     tuned = treat(subject("minilm", "sentiment"), {"method": "fine-tune", "epochs": 2.0})
     dynamic = treat(tuned, {"method": "quantization", "scheme": "int8_dynamic"})

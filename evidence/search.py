@@ -86,7 +86,7 @@ def part(folder: Path, kind: str, seed: int, share: int) -> None:
     from leanformers.recipe import key_of
 
     own = bench(folder)
-    infos, _ = suited(methods(), own, explicit=False)
+    infos, _ = suited(methods(), own.subject, own.venue, explicit=False)
     space = Space(list(infos.values()))
     goals = [relative(goal, own.baseline().quality, own.task.better) for goal in parse_all(GOALS, own.task.better)]
     table = Table(own, folder / "table")

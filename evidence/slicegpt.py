@@ -7,10 +7,8 @@ Held-out docstrings are scored. The time per layer is fitted against the width o
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +16,8 @@ import torch
 import transformers as T
 from torch import Tensor
 
-from claim import Evidence
-from common import copied, device, mean, subject, treat
+from claim import Evidence, arguments
+from common import copied, device, mean, perplexity, subject, treat
 from leanformers.methods import Subject
 from leanformers.methods.compress.slicegpt import SliceGPT, _texts, principal, slice_along, turned
 
@@ -100,10 +98,7 @@ def scaling(widths: tuple[int, ...], tokens: int) -> tuple[dict[str, float], flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="a dry run on a small machine")
-    parser.add_argument("--results", type=Path, default=None, help="where the result is written")
-    given = parser.parse_args()
+    given = arguments(__doc__).parse_args()
     few: dict[str, Any] = {"samples": 8, "tokens": 640, "batch_size": 4}
     text: dict[str, Any] = few if given.small else {"samples": 1000, "tokens": 65_536, "batch_size": 16}
     slices, seeds = (SLICES[:2], SEEDS[:1]) if given.small else (SLICES, SEEDS)
@@ -117,12 +112,12 @@ def main() -> None:
     ) as evidence:
         source = subject("smollm2", "docstrings-lm", dtype="float32")
 
-        def perplexity(name: str, one: Subject) -> float:
-            found = one.evaluate("test", limit)["perplexity"]
+        def told(name: str, one: Subject) -> float:
+            found = perplexity(one, limit)
             print(f"{name}: {found:.3f}", one.notes, flush=True)
             return found
 
-        dense = perplexity("dense", source)
+        dense = told("dense", source)
         whole = treat(source, {"method": "slicegpt", "slice": 0.0, **text})
         evidence.check(
             "Logits with nothing sliced: largest difference, share of their scale", difference(source, whole), "<= 1e-4"
@@ -139,13 +134,13 @@ def main() -> None:
             bases: list[Tensor] = []
             pca = sliced(source, settings, kept_in(bases))
             row: dict[str, Any] = {
-                "principal": perplexity(f"{share}, principal, turned", best),
-                "principal, not turned": perplexity(f"{share}, principal", pca),
-                "principal, not turned, then turned": perplexity(
+                "principal": told(f"{share}, principal, turned", best),
+                "principal, not turned": told(f"{share}, principal", pca),
+                "principal, not turned, then turned": told(
                     f"{share}, the same turned", sliced(source, settings, turning(bases, settings))
                 ),
-                "own coordinates": perplexity(f"{share}, own coordinates", sliced(source, settings, by_energy)),
-                "random": [perplexity(f"{share}, random", sliced(source, settings, at_random(s))) for s in seeds],
+                "own coordinates": told(f"{share}, own coordinates", sliced(source, settings, by_energy)),
+                "random": [told(f"{share}, random", sliced(source, settings, at_random(s))) for s in seeds],
             }
             table[str(share)] = row
             shares[str(share)] = {
@@ -171,10 +166,10 @@ def main() -> None:
         steps = [{"method": "slicegpt", "slice": 0.2, **text}, {**recovery, "epochs": 1.0, "batch_size": 8}]
         if given.small:
             source.task.splits["train"] = source.task.splits["train"][:64]
-        recovered = perplexity("0.2, then LoRA", treat(source, *steps))
+        recovered = told("0.2, then LoRA", treat(source, *steps))
         evidence.check("Perplexity at 20%: LoRA's ratio to none", recovered / table["0.2"]["principal"], "< 1")
         # LoRA learns the field too, so the dense model gets the same.
-        adapted = perplexity("dense, then LoRA", treat(source, steps[1]))
+        adapted = told("dense, then LoRA", treat(source, steps[1]))
         widths = (128, 256, 512) if given.small else (512, 1024, 2048, 4096)
         by_width, power = scaling(widths, 2048 if given.small else 16_384)
         evidence.check("Seconds per layer grow with the width to the power of", power, "<= 3")

@@ -53,7 +53,7 @@ def magnitudes(anatomy: Anatomy) -> Scores:
         rows.append(part.down.weight().float().square().t())
         neurons.append(torch.cat(rows, 1).mean(1))
     total, count = torch.zeros(anatomy.hidden_size, device=neurons[0].device), 0
-    for weight in [*(p.weight() for p in anatomy.reads), *(p.weight().t() for p in anatomy.writes)]:
+    for weight in [*(p.weight() for p in anatomy.residual.reads), *(p.weight().t() for p in anatomy.residual.writes)]:
         total, count = total + weight.float().square().sum(0), count + len(weight)
     return total / count, heads, neurons
 

@@ -7,17 +7,15 @@ with the residual width among the units and without, and the better counts. For 
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 
-from claim import Evidence
-from common import copied, subject
-from leanformers.methods import Subject
+from claim import Evidence, arguments
+from common import copied, perplexity, subject
 from leanformers.methods.compress.vtrans import VTrans
 from leanformers.tasks import task
 from vtrans import PAPER, baselines, layer_parameters
@@ -27,10 +25,7 @@ TARGET = 0.2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="a dry run on a small machine")
-    parser.add_argument("--results", type=Path, default=None, help="where the result is written")
-    given = parser.parse_args()
+    given = arguments(__doc__).parse_args()
     options: dict[str, Any] = {"size": 16, "max_length": 64} if given.small else {"size": ROWS}
     held_out = 4 if given.small else None
     with Evidence(
@@ -45,12 +40,10 @@ def main() -> None:
         tokens = sum(len(one["input_ids"]) for one in source.task.features(source.tokenizer, "train"))
         print(f"{examples} chunks, {tokens} tokens", flush=True)
 
-        def perplexity(of: Subject) -> float:
-            return of.evaluate("test", held_out)["perplexity"]
-
-        dense = perplexity(source)
+        score = partial(perplexity, limit=held_out)
+        dense = score(source)
         print(f"dense: {dense:.2f}", flush=True)
-        others = baselines(source, TARGET, 0, perplexity)
+        others = baselines(source, TARGET, 0, score)
         print(json.dumps(others), flush=True)
         faster = VTrans(target=TARGET, variant="faster")
         found: dict[str, Any] = {}
@@ -60,7 +53,7 @@ def main() -> None:
                 torch.cuda.reset_peak_memory_stats()
             method(lean)
             found[name] = {
-                "perplexity": perplexity(lean),
+                "perplexity": score(lean),
                 "seconds_per_step": lean.trained_seconds / -(-examples // method.batch_size),
                 "layer_parameters": layer_parameters(lean) / layer_parameters(source),
                 **lean.notes["vtrans"],

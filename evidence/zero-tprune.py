@@ -10,12 +10,10 @@ Throughput is measured on one, and on a model of DeiT-S's shape with random weig
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
@@ -24,7 +22,7 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 import digits
-from claim import Evidence
+from claim import Evidence, arguments
 from common import device
 from leanformers.anatomy import Anatomy
 from leanformers.measure.cost import count_flops
@@ -312,10 +310,7 @@ def deit_s(small: bool) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="a dry run on a small machine")
-    parser.add_argument("--results", type=Path, default=None, help="where the result is written")
-    given = parser.parse_args()
+    given = arguments(__doc__).parse_args()
     small: bool = given.small
     seeds = (0,) if small else (0, 1, 2)
     with Evidence(

@@ -17,6 +17,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,16 @@ def _logging() -> Iterator[None]:
     logger.setLevel(before[0])
     logger.handlers[:] = before[1]
     logger.propagate = before[2]
+
+
+@pytest.fixture(scope="session")
+def fresh() -> Iterator[Any]:
+    """Runs scripts in processes that never heard of leanformers, in a fraction of the time that starting them takes."""
+    from fresh import Fresh
+
+    made = Fresh()
+    yield made
+    made.close()
 
 
 @pytest.fixture

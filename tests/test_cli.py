@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -50,6 +51,17 @@ def tiny_bert(tmp_path):
     )
     BertForSequenceClassification(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """Timing as short as it can be."""
+    from leanformers.deploy import exporting
+    from leanformers.measure.run import compare, measure
+
+    monkeypatch.setattr(exporting, "SECONDS", 0.1)
+    for function in (compare, measure):
+        monkeypatch.setitem(function.__kwdefaults__, "seconds", 0.1)
 
 
 @pytest.fixture
@@ -126,6 +138,40 @@ def test_not_utf8(tmp_path):
     assert "UTF-8" in refused("slim", "--model", "minilm", "--data", path)
 
 
+def test_encoding_and_delimiter_can_be_said(tiny_bert, hurried, tmp_path):
+    path = tmp_path / "excel.csv"
+    path.write_bytes(("body;topic\n" + "text é;x\ntext ü;y\n" * 15).encode("cp1252"))
+    data = ["measure", tiny_bert, "--data", path, "--text", "body", "--label", "topic"]
+    assert "--encoding" in refused(*data)
+    assert "pass delimiter=';' (--delimiter)" in refused(*data, "--encoding", "cp1252")
+    found = runner.invoke(
+        app, [str(a) for a in [*data, "--encoding", "cp1252", "--delimiter", ";", "--limit", "2", "--json"]]
+    )
+    assert found.exit_code == 0, found.output
+
+
+def test_options_that_messages_name_exist():
+    from pathlib import Path
+
+    import typer
+
+    import leanformers
+
+    commands = typer.main.get_command(app).commands.values()
+    known = {name for command in commands for option in command.params for name in option.opts}
+    for path in Path(leanformers.__file__).parent.rglob("*.py"):
+        named = set(re.findall(r"\((--[a-z-]+)[ )]", path.read_text("utf-8")))
+        assert named <= known, f"{path}: {named - known}"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seed_that_numpy_does_not_take(seed, tmp_path):
+    commands = (["apply", tmp_path / "recipe.yaml"], ["slim", "--model", "minilm", "--task", "sentiment"])
+    for command in commands:
+        result = runner.invoke(app, [*map(str, command), "--out", str(tmp_path / "x"), "--seed", str(seed)])
+        assert result.exit_code == 2 and "--seed" in result.output and not (tmp_path / "x").exists()
+
+
 def test_directory_that_is_no_model(table, tmp_path):
     (tmp_path / "folder").mkdir()
     message = refused(
@@ -133,6 +179,13 @@ def test_directory_that_is_no_model(table, tmp_path):
         "--out", tmp_path / "run",
     )  # fmt: skip
     assert "no model" in message and not (tmp_path / "run" / "frontier.json").exists()
+
+
+def test_folder_without_its_tokenizer(table, tiny_bert):
+    for path in tiny_bert.glob("tokenizer*"):
+        path.unlink()
+    message = refused("measure", tiny_bert, "--data", table, "--text", "body", "--label", "topic")
+    assert str(tiny_bert) in message and "no tokenizer" in message
 
 
 def test_encoder_with_a_language_modelling_task(table, tiny_bert, tmp_path):
@@ -150,7 +203,7 @@ def test_full_disk(tiny_bert, small_disk, tmp_path):
     assert list(small_disk.iterdir()) == []
 
 
-def test_export_says_what_was_proved(tiny_bert, table, tmp_path):
+def test_export_says_what_was_proved(tiny_bert, hurried, table, tmp_path):
     data = ["--data", table, "--text", "body", "--label", "topic"]
     out = tmp_path / "served"
     result = runner.invoke(app, [str(a) for a in ("export", tiny_bert, "--to", "stock", "--out", out, *data)])
@@ -196,13 +249,33 @@ def test_apply_says_in_words_that_zeros_save_nothing(tiny_bert, tmp_path):
     assert "that essential-sparsity set to zero save no bytes and no time" in result.output
 
 
-def test_measure_against_a_baseline(tiny_bert, table):
+def test_measure_against_a_baseline(tiny_bert, hurried, table):
     data = ["--data", str(table), "--text", "body", "--label", "topic", "--limit", "4"]
     result = runner.invoke(app, ["measure", str(tiny_bert), *data, "--baseline", str(tiny_bert), "--json"])
     assert result.exit_code == 0, result.exception
     record = json.loads(result.stdout)
     assert record["measurement"]["parameters"] == record["baseline"]["parameters"] > 0
     assert record["ratios"]["quality"] == 1.0 and record["environment"]["hardware"]["cpu"]
+
+
+def test_weights_are_measured_and_advised_on_as_they_are_stored(tiny_bert, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    from leanformers import measure
+
+    half = tmp_path / "half"
+    shutil.copytree(tiny_bert, half)
+    AutoModelForSequenceClassification.from_pretrained(tiny_bert, dtype="bfloat16").save_pretrained(half)
+
+    def memory(*options):
+        result = runner.invoke(app, ["measure", str(half), "--json", *options])
+        assert result.exit_code == 0, result.exception
+        return json.loads(result.stdout)["measurement"]["memory"]
+
+    assert memory() == measure(str(half)).memory < 0.6 * memory("--dtype", "float32")
+    assert "dtype is one of" in refused("measure", half, "--dtype", "int8")
+    stored, whole = (runner.invoke(app, ["advise", str(folder)]).output for folder in (half, tiny_bert))
+    assert stored != whole  # bytes of half precision
 
 
 @pytest.mark.parametrize("with_baseline", [False, True])
@@ -435,6 +508,16 @@ def test_slim_prints_table_report_and_two_lines(table, tmp_path, pretend_search)
     assert asked["goals"] == ["latency<=0.5x", "quality>=0.99x"] and asked["trials"] == 3
     assert asked["methods"] == ["idt5", "optin"] and asked["task"].labels == ["a", "b"]
     assert "finalists" not in asked  # the search's own default
+
+
+def test_goals_that_no_point_reaches_are_said(capsys, tmp_path):
+    from leanformers.cli.commands import show_frontier
+    from leanformers.cli.console import out
+
+    out.cache_clear()
+    show_frontier(sample() | {"goals": ["latency<=0.0001x", "quality>=0.1x"]}, tmp_path)
+    assert "Not reached: latency ≤ 0.0001×." in capsys.readouterr().out
+    out.cache_clear()
 
 
 def test_interruption_shows_what_is_there_and_ends_with_130(table, tmp_path, pretend_search):

@@ -7,12 +7,14 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as T
 
 import leanformers as lean
+from leanformers.deploy import proof
 from leanformers.errors import LeanError
 from leanformers.frontier import Frontier, slim
 from leanformers.frontier.bench import Workbench
@@ -104,21 +106,26 @@ def test_the_run_folder_holds_what_it_promises(finished):
     assert finished.baseline.measurement.quality > 0.8  # it learnt what decides
 
 
-def test_the_same_call_again_measures_anew_and_trains_nothing(source, finished, monkeypatch):
-    def forbidden(*args, **kwargs):
-        raise AssertionError("it trains again")
+def forbidden(*args, **kwargs):
+    raise AssertionError("it trains again")
 
+
+def test_the_same_call_again_measures_anew_and_trains_nothing(source, finished, monkeypatch):
     monkeypatch.setattr("leanformers.training.fit", forbidden)
     again = search(source, finished.folder)
     assert {point.name for point in again.trials + again.points} >= {point.name for point in finished.points}
 
 
-def test_points_run_in_other_runtimes_as_exports(source, finished):
+def test_points_run_in_other_runtimes_as_exports(source, tmp_path, monkeypatch, fresh):
     """The run goes on with one more runtime: what is trained stays, every model is measured there besides."""
     refusal = runtimes()["onnxruntime"].refusal()
     if refusal:
         pytest.skip(refusal)
-    wider = search(source, finished.folder, runtime=["torch", "onnxruntime"])
+    few = {"methods": ["drop-layers"], "trials": 1, "finalists": 0, "tune": {"epochs": 1.0}}
+    search(source, tmp_path / "run", **few)
+    monkeypatch.setattr("leanformers.training.fit", forbidden)
+    monkeypatch.setattr(proof, "subprocess", SimpleNamespace(run=fresh.run))
+    wider = search(source, tmp_path / "run", runtime=["torch", "onnxruntime"], **few)
     deployed = [p for p in wider.points + wider.trials if p.tier == "runtime"]
     assert "baseline@onnxruntime" in {point.name for point in deployed} and len(deployed) >= 2
     for point in deployed:
@@ -145,7 +152,7 @@ def test_a_runtime_that_fails_is_left_out_with_its_reason(source, finished, monk
 
 
 def test_stock_alone_leaves_out_what_transformers_cannot_load(source, finished, tmp_path):
-    found = search(source, tmp_path / "run", stock=True, methods=None, trials=2, finalists=0, tune=False)
+    found = search(source, tmp_path / "run", stock=True, methods=None, trials=1, finalists=0, tune=False)
     assert "--stock" in found.skipped["quantization"] and "--stock" in found.skipped["optin"]
     assert all(point.tier == "stock" for point in found.points)
 
@@ -180,6 +187,15 @@ def test_bad_input_is_refused_before_any_training(source, tmp_path, monkeypatch)
             search(source, **{"out": tmp_path / "new", **options})
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_method_that_does_not_suit_is_refused_before_the_baseline_is_trained(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("leanformers.frontier.bench.execute", lambda *args, **options: pytest.fail("it was trained"))
+    with pytest.raises(LeanError, match="slicegpt"):
+        search(source, tmp_path / "run", methods=["slicegpt"])  # BERT norms after each residual sum
+    with pytest.raises(LeanError, match="--stock asks for one"):
+        search(source, tmp_path / "run", methods=["obert"], stock=True)
+    assert not (tmp_path / "run" / "baseline").exists()
 
 
 def test_another_search_is_not_mixed_into_a_run(source, finished):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
@@ -88,6 +90,24 @@ def test_bad_recipes_are_refused_in_one_sentence(text, words, tmp_path):
     assert "bad.yaml" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, True])
+def test_bad_seeds_are_refused_from_python_too(seed, model):
+    from leanformers.recipe import apply
+
+    with pytest.raises(LeanError, match="seed must be a whole number"):
+        Recipe(seed=seed)
+    with pytest.raises(LeanError, match="seed must be a whole number"):
+        apply(STEPS, model, seed=seed)
+
+
+@pytest.mark.parametrize("device", ["gpu0", "cuda:99", 1.5])
+def test_devices_that_are_not_here_are_refused(device, model):
+    from leanformers.recipe import apply
+
+    with pytest.raises(LeanError, match="cannot be used here"):
+        apply(STEPS, model, device=device)
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(LeanError, match="there is no recipe"):
         Recipe.load(tmp_path / "none.yaml")
@@ -124,6 +144,9 @@ def test_the_same_recipe_and_seed_give_the_same_model(model):
     assert not same(one, apply(STEPS, model, seed=6)) and not same(one, model)
     # Going on from the first step's result is the same as running both in one go.
     assert same(one, apply(STEPS[1:], apply(STEPS[:1], model, seed=5), seed=5))
+    before = copy.deepcopy(model)
+    tokenizer = SimpleNamespace(pad_token_id=0)
+    assert same(one, apply(STEPS, (model, tokenizer), seed=5)) and same(before, model)  # a pair's model stays too
     assert apply(STEPS, model, seed=5, copy_model=False) is model and same(one, model)
 
 
@@ -167,6 +190,14 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(model, tmp_path, monkeyp
     with pytest.raises(LeanError, match=r"the disk that holds .*lean is full") as caught:
         run(STEPS, model, out=tmp_path / "lean")
     assert isinstance(caught.value, folders.DiskFull) and list(tmp_path.iterdir()) == []
+
+
+def test_whole_folders_can_be_read_by_whom_new_files_can_be(tmp_path):
+    (tmp_path / "plain").touch()
+    with folders.whole(tmp_path / "model") as partial:
+        (partial / "model.safetensors").touch(0o600)
+    made = (tmp_path / "model" / "model.safetensors").stat().st_mode
+    assert made == (tmp_path / "plain").stat().st_mode
 
 
 def test_whole_folders_replace_old_ones_at_once(tmp_path):

@@ -1,4 +1,4 @@
-"""The one error that users see: a sentence, not a traceback."""
+"""The one error that users see: a sentence, not a traceback; and the one exception that none of them sees."""
 
 
 class LeanError(ValueError):
@@ -6,3 +6,7 @@ class LeanError(ValueError):
 
     The command line prints it and exits with code 2.
     """
+
+
+class Enough(Exception):
+    """All that was asked for has been seen: the rest of a forward pass need not run. Whoever raises it catches it."""

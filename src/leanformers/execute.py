@@ -38,7 +38,7 @@ def execute(steps: Sequence[Mapping[str, Any]], subject: Subject, *, folder: Pat
     teachable = subject.teacher if subject.teacher is not None else subject.task
     taught = dataclasses.replace(subject, teacher=teachable)
     for info, _ in built:
-        if reason := info.missing(taught):
+        if reason := info.missing(taught) or info.unsuitable(task=subject.task):
             raise LeanError(reason)
     for step, (info, _) in zip(steps, built, strict=True):
         info.check(taught, settings_of(step))
@@ -74,6 +74,19 @@ def teacher_of(subject: Subject, folder: Path | None = None) -> Any:
     from leanformers.training import Teacher
 
     return Teacher(copy.deepcopy(subject.model).eval(), subject.task, subject.tokenizer, folder=folder)
+
+
+def check_device(device: Any) -> None:
+    """Raise a LeanError unless torch can put a model on the device here; None is where the model is."""
+    import torch
+
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch built without CUDA asserts
+        why = str(error).strip().splitlines()[0].rstrip(".")
+        raise LeanError(f"the device {str(device)!r} cannot be used here ({why}): take cpu, or leave it out") from None
 
 
 def task_of(spec: Any) -> Any:

@@ -85,6 +85,7 @@ def whole(target: Path, *, keep: bool = False) -> Iterator[Path]:
 
 def replace(source: Path, target: Path) -> None:
     """Rename a folder onto another, whose old content goes."""
+    _let_read(source)
     if not target.exists():
         source.rename(target)
         return
@@ -93,6 +94,15 @@ def replace(source: Path, target: Path) -> None:
     target.rename(old)
     source.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _let_read(folder: Path) -> None:
+    """Give files that only their owner may read, as safetensors writes them, the mode of any other new file."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 == 0o600:
+            path.chmod(0o666 & ~mask)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -29,6 +29,7 @@ from typing import Any
 from leanformers.errors import LeanError
 from leanformers.execute import (
     attach_reference,
+    check_device,
     execute,
     load_model,
     save_checkpoint,
@@ -62,6 +63,7 @@ class Recipe:
     steps: tuple[Mapping[str, Any], ...] = field(default=())
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         object.__setattr__(self, "steps", tuple(plain_step(step) for step in self.steps))
 
     @property
@@ -115,8 +117,6 @@ class Recipe:
         if not isinstance(version, int) or version > VERSION:
             raise LeanError(f"{where} is of version {version}, newer than {VERSION}: upgrade leanformers")
         seed, steps, task = data.get("seed", 0), data.get("steps"), data.get("task")
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-            raise LeanError(f"{where}: seed must be a whole number from 0 to 2^32 - 1, not {seed!r}")
         if not isinstance(steps, list):
             raise LeanError(f"{where}: steps must be a list of methods with settings, not {steps!r}")
         if isinstance(task, dict) and not isinstance(task.get("source"), str):
@@ -149,6 +149,12 @@ class Recipe:
 
     def save(self, path: str | Path) -> None:
         write_text(Path(path), self.to_yaml())
+
+
+def check_seed(seed: Any) -> None:
+    """Raise a LeanError unless `seed` is one that Python, numpy and torch all take."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise LeanError(f"seed must be a whole number from 0 to 2^32 - 1, not {seed!r}")
 
 
 def plain_step(step: Any) -> dict[str, Any]:
@@ -298,14 +304,16 @@ def _run(
     folder: Path | None = None,
 ) -> tuple[Any, Any, Any]:
     """(lean model, its tokenizer, the tokenizer before)."""
-    the_task = task_of(recipe.task if task is None else task)
     seed = recipe.seed if seed is None else seed
+    check_seed(seed)
+    check_device(device)
+    the_task = task_of(recipe.task if task is None else task)
     source = recipe.model if model is None else model
     if source is None:
         raise LeanError("the recipe names no model: add the field 'model', or give one (model=, --model)")
     seed_everything(seed)  # a new head starts from random numbers
     loaded, old_tokenizer = load_model(source, the_task, tokenizer, recipe.dtype)
-    if copy_model and loaded is source:
+    if copy_model and loaded is (source[0] if isinstance(source, tuple) else source):
         loaded = copy.deepcopy(loaded)
     if device is not None:
         loaded = loaded.to(device)

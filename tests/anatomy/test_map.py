@@ -235,14 +235,14 @@ def test_wrong_paths() -> None:
 def test_norms() -> None:
     gemma = Anatomy.of(TINY["gemma3"]())
     assert [norm.place for norm in gemma.layers[0].norms] == ["pre", "output", "pre", "output"]
-    torch.testing.assert_close(gemma.gain(gemma.final_norms[0]), 1 + gemma.base.norm.weight)
+    torch.testing.assert_close(gemma.residual.gain(gemma.final_norms[0]), 1 + gemma.base.norm.weight)
     stable, plain = (Anatomy.of(TINY[name]()) for name in ("wav2vec2-stable", "wav2vec2"))
     assert [len(anatomy.final_norms) for anatomy in (stable, plain)] == [1, 0]
     assert next(norm.place for norm in plain.norms) == "embedding"
     dinov2 = Anatomy.of(TINY["dinov2"]())
     scale = dinov2.layers[0].norm("scale", "attention")
     assert scale is not None
-    assert dinov2.gain(scale) is scale.module.lambda1
+    assert dinov2.residual.gain(scale) is scale.module.lambda1
 
 
 def test_base_of() -> None:

@@ -56,14 +56,14 @@ def untie(model: Any) -> None:
 
 def turn(anatomy: Anatomy, basis: torch.Tensor, *, norms: bool) -> None:
     """Write and read the stream in another basis [hidden_size, hidden_size]: x becomes x @ basis."""
-    for reader in [*anatomy.reads, *anatomy.outputs.values()]:
+    for reader in [*anatomy.residual.reads, *anatomy.residual.outputs.values()]:
         weight(reader)[rows(reader)] = reader.weight() @ basis
-    for module in [*(writer.module for writer in anatomy.writes), *anatomy.inputs.values()]:
+    for module in [*(writer.module for writer in anatomy.residual.writes), *anatomy.residual.inputs.values()]:
         kernel = weight(Projection("", module)) if module.weight.ndim == 2 else module.weight
         kernel.copy_(torch.einsum("oi,o...->i...", basis, kernel))
         if module.bias is not None:
             module.bias.copy_(module.bias @ basis)
-    for table in anatomy.tables.values():
+    for table in anatomy.residual.tables.values():
         table.copy_(table @ basis)
     for norm in anatomy.norms if norms else ():
         for parameter in norm.module.parameters():
@@ -95,8 +95,8 @@ def test_permutation(name: str, head: str) -> None:
 
 
 def fold(anatomy: Anatomy, norm: Norm) -> None:
-    gain = anatomy.gain(norm).clone()
-    for reader in anatomy.readers(norm):
+    gain = anatomy.residual.gain(norm).clone()
+    for reader in anatomy.residual.readers(norm):
         weight(reader)[rows(reader)] = reader.weight() * gain
     norm.module.weight.fill_(0 if anatomy.family.norm_offset else 1)
 
@@ -113,7 +113,7 @@ def test_rotation(name: str) -> None:
     before = outputs(model, batch)
     for norm in anatomy.norms:
         if norm.place != "output":
-            assert anatomy.readers(norm)
+            assert anatomy.residual.readers(norm)
             fold(anatomy, norm)
     torch.testing.assert_close(outputs(model, batch), before, rtol=1e-4, atol=1e-4)
     rotation = torch.linalg.qr(torch.randn(anatomy.hidden_size, anatomy.hidden_size)).Q
@@ -132,8 +132,8 @@ def test_folding_layer_norms(name: str) -> None:
     assert bool(folded) is not (name in POST_NORM or (anatomy.family.name in POST_NORM and name != "wav2vec2-stable"))
     before = outputs(model, batch)
     for norm in folded:
-        gain, bias = anatomy.gain(norm).clone(), norm.module.bias.clone()
-        for reader in anatomy.readers(norm):
+        gain, bias = anatomy.residual.gain(norm).clone(), norm.module.bias.clone()
+        for reader in anatomy.residual.readers(norm):
             if reader.module.bias is None:
                 reader.module.bias = nn.Parameter(torch.zeros(len(reader.module.weight)))
             reader.module.bias[rows(reader)] += reader.weight() @ bias

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from subjects import decoder, encoder
 
 import leanformers as lean
-from leanformers.deploy import TARGETS, check_stock, obstacles
+from leanformers.deploy import TARGETS, check_stock, exporting, obstacles, proof
 from leanformers.deploy.proof import ProofError
 from leanformers.errors import LeanError
 from leanformers.methods import get
 from leanformers.runtimes import runtimes
-from leanformers.surgery import DropLayers, FactoriseLinear, KeepNeurons, MaskWeights, PrunePrompt
+from leanformers.surgery import DropLayers, FactoriseLinear, KeepHeads, KeepNeurons, MaskWeights, PrunePrompt
 
 
-def lean_encoder():
-    """An encoder of two layers of different widths, one linear of low rank."""
+@pytest.fixture(autouse=True)
+def hurried(request, monkeypatch, fresh):
+    """Timing as short as it can be, and proofs in processes that are forked."""
+    monkeypatch.setattr(exporting, "SECONDS", 0.1)
+    if request.function is not test_a_stock_model_needs_no_import:  # that one starts a process
+        monkeypatch.setattr(proof, "subprocess", SimpleNamespace(run=fresh.run))
+
+
+def lean_encoder(keep=(0, 2)):
+    """An encoder whose last layer is narrower than the others, one linear of low rank."""
     subject = encoder()
-    lean.edit(subject.model, DropLayers(keep=(0, 2)))
-    lean.edit(subject.model, KeepNeurons(path="encoder.layer.1", size=40), keep=torch.arange(40))
+    lean.edit(subject.model, DropLayers(keep=keep))
+    lean.edit(subject.model, KeepNeurons(path=f"encoder.layer.{len(keep) - 1}", size=40), keep=torch.arange(40))
     lean.edit(subject.model, FactoriseLinear(path="encoder.layer.0.attention.self.query", rank=6))
     return subject
 
@@ -36,7 +45,8 @@ def test_a_lean_encoder_is_exported_proved_and_measured(to, quantize, tmp_path):
     refusal = runtimes()[TARGETS[to].runtime].refusal()
     if refusal:
         pytest.skip(refusal)
-    done = exported(lean_encoder(), to, tmp_path / "out", quantize=quantize)
+    keep = (0, 2) if to in ("onnx", "openvino") and not quantize else (1,)  # compiling and int8 take longest
+    done = exported(lean_encoder(keep), to, tmp_path / "out", quantize=quantize)
     assert done.proof.cases == 4 and done.proof.difference <= 1e-3
     assert done.measurement.runtime == TARGETS[to].runtime + ("-int8" if quantize else "")
     assert {"latency", "quality", "bytes"} <= set(done.ratios)
@@ -50,27 +60,36 @@ def test_dynamic_int8_is_exported_without_the_rounding_of_its_inputs(tmp_path):
     refusal = runtimes()["onnxruntime"].refusal()
     if refusal:
         pytest.skip(refusal)
-    subject = encoder()
+    subject = encoder(num_hidden_layers=1)
     get("quantization").build({"scheme": "int8_dynamic"})(subject)
     assert exported(subject, "onnx", tmp_path / "out", measure=False).proof.difference <= 1e-3
 
 
 @pytest.mark.parametrize("to", ["onnx", "openvino"])
-def test_a_lean_decoder_is_exported_with_its_cache(to, tmp_path):
+def test_a_lean_decoder_is_exported_with_its_cache_and_writes_the_same_tokens(to, tmp_path):
     refusal = runtimes()[TARGETS[to].runtime].refusal()
     if refusal:
         pytest.skip(refusal)
     from leanformers.runtimes.generation import greedy
     from leanformers.runtimes.saved import open_exported
 
-    subject = decoder()
+    subject = decoder(num_hidden_layers=2, initializer_range=0.2)
     lean.edit(subject.model, KeepNeurons(path="layers.1.mlp", size=40), keep=torch.arange(40))
+    lean.edit(subject.model, KeepHeads(path="layers.0.self_attn", size=1), keep=torch.tensor([1]))
+    lean.edit(subject.model, FactoriseLinear(path="layers.1.self_attn.o_proj", rank=6))
+    lean.edit(subject.model, MaskWeights(path="layers.0.mlp.up_proj"), mask=torch.rand(64, 32) > 0.4)
     done = exported(subject, to, tmp_path / "out")
     assert done.proof.difference <= 1e-3 and done.ratios["quality"] == pytest.approx(1, abs=1e-4)
-    ids = torch.tensor([[5, 9, 11, 7]])
-    wanted = subject.model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
-    found = greedy(open_exported(tmp_path / "out"), ids, torch.ones_like(ids), 6)
-    assert found.tolist() == wanted[:, 4:].tolist()
+    reopened = open_exported(tmp_path / "out")
+    assert list(reopened.components) == ["model"] and reopened.generation_config is not None
+    ids = torch.randint(4, len(subject.tokenizer), (3, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[1, :4] = mask[1, :4] = 0  # padded on the left
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for rows, length in ((3, 9), (1, 4)):  # another call begins with an empty cache
+        given = {"input_ids": ids[:rows, :length], "attention_mask": mask[:rows, :length]}
+        wanted = subject.model.generate(**given, **options)[:, length:]
+        assert torch.equal(greedy(reopened, **given, new_tokens=8), wanted)
     with pytest.raises(LeanError, match="in floats alone: export to gguf"):
         exported(subject, to, tmp_path / "int8", quantize="int8")
     assert not (tmp_path / "int8").exists()

@@ -80,6 +80,15 @@ def test_the_85_percent_rule():
     assert fixed_splits(outputs=8, slots=132, tiles=1) == 1  # nothing to cut
 
 
+def test_pieces_that_cross_no_border_are_taken_where_they_fill_the_slots():
+    assert decode.even_splits(outputs=8, slots=132, tiles=256) == 16
+    assert decode.even_splits(outputs=32, slots=132, tiles=64) == 4
+    assert decode.even_splits(outputs=8, slots=132, tiles=3) == 3  # nothing more to cut
+    assert decode.even_splits(outputs=112, slots=132, tiles=256) == 1
+    assert decode.even_splits(outputs=72, slots=132, tiles=256) == 0  # 60 would be idle
+    assert decode.even_splits(outputs=136, slots=132, tiles=256) == 0
+
+
 # -- merging -------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +197,22 @@ def test_the_kernel_in_half_precision_without_spans():
 
 
 @needs_triton
+@pytest.mark.parametrize("resident", [1, 2, 3])
+@pytest.mark.parametrize("length", [1, TILE - 1, 3 * TILE, 7 * TILE + 5])
+def test_a_uniform_cache_is_softmax_attention_by_every_schedule(length, resident):
+    """Slots are 2, 4 and 6: one, two or three pieces for each of two outputs."""
+    generator = torch.Generator().manual_seed(length)
+    query, key, value = (torch.randn(1, h, n, 16, generator=generator) for h, n in ((6, 1), (2, length), (2, length)))
+    expected = softmax_attention(query, key, value, torch.tensor([[0, length]])).float()
+    tuning = Tuning(TILE, 4, 2, resident)
+    for schedule in ("stream-k", "fixed-split", "whole"):
+        found = decode_attention(query, key, value, schedule=schedule, tuning=tuning)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    crossing = decode_attention(query, key, value, tuning=tuning, programs=5)
+    torch.testing.assert_close(crossing, expected, rtol=1e-5, atol=1e-6)
+
+
+@needs_triton
 def test_a_sequence_that_sees_nothing_is_zeros():
     query, key, value, spans = drawn([20, 3], 1, 2, 16, torch.float32)
     spans[1, 1] = spans[1, 0]
@@ -217,6 +242,9 @@ def test_repeated_it_is_the_same_to_the_bit():
         (lambda q, k, v: (q, k.half(), v), "one dtype"),
         (lambda q, k, v: (q, k, v[:, :, :-1]), "of one shape"),
         (lambda q, k, v: (q[:, :3], k, v), "divide"),
+        (lambda q, k, v: (q.repeat(2, 1, 1, 1), k, v), "of one shape"),
+        (lambda q, k, v: (q, k, v, torch.tensor([[0, 8]])), "contiguous int32"),
+        (lambda q, k, v: (q, k, v, torch.zeros(2, 2, dtype=torch.int32)), r"int32 \[1, 2\]"),
         (lambda q, k, v: (q.requires_grad_(), k, v), "no gradients"),
         (lambda q, k, v: (q, k.transpose(2, 3).contiguous().transpose(2, 3), v), "contiguous"),
     ],
@@ -250,3 +278,11 @@ def test_on_a_gpu(dtype, error, size):
     rounding = torch.finfo(dtype).eps  # of the output itself
     torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=error)
     assert all(torch.equal(found, decode_attention(*inputs)) for _ in range(1000))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_gpu_that_is_not_the_current_one():
+    inputs = drawn([1000, 63], 2, 4, 64, torch.float16, on="cuda:1")
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(decode_attention(*inputs).double(), softmax_attention(*inputs), rtol=1e-3, atol=2e-3)

@@ -12,6 +12,7 @@ from subjects import BOTH, decoder, encoder, outputs
 
 from families import TINY, inputs
 from families import outputs as outputs_of
+from leanformers.errors import LeanError
 from leanformers.methods import Subject, get
 from leanformers.methods.compress.axformer import AxFormer, Search
 from leanformers.methods.switches import LowerLayers, Switches
@@ -194,6 +195,15 @@ def test_few_rows_are_warned_of_and_limits_kept(caplog):
         get("axformer").build({**get("axformer").starts()[0], "samples": 12})(subject)
     assert subject.notes["axformer"]["rows"] == 12 and "12 validation rows" in caplog.text
     assert subject.notes["axformer"]["passes"] <= 7
+
+
+def test_a_loss_that_is_no_number_is_not_searched_in_silence():
+    subject = encoder()
+    with torch.no_grad():
+        subject.model.classifier.weight.fill_(float("inf"))
+    with pytest.raises(LeanError, match="not finite on 20 of 20 validation rows"):
+        get("axformer").build(LOOSE)(subject)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in subject.model.modules())
 
 
 def test_what_cannot_be_searched_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -132,6 +133,20 @@ def test_needs_and_suits_are_checked_before_work():
         def __call__(self, subject): ...
 
     assert "does not suit the family bert" in get("only-llama").unsuitable(anatomy)
+
+
+def test_a_package_that_is_not_installed_is_a_need(monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torchao" else real(name))
+    assert get("quantization").missing(Subject(model=None)).endswith("pip install 'leanformers[quant]'")
+
+
+def test_what_cannot_suit_the_task_is_refused_before_the_first_step():
+    from leanformers.execute import execute
+
+    steps = [{"method": "drop-layers"}, {"method": "lazyllm"}]  # the first edits, so the second meets another model
+    with pytest.raises(LeanError, match="'lazyllm' does not suit text-classification tasks"):
+        execute(steps, subject_of("text-classification"))
 
 
 class Anatomised(Subject):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from subjects import EVERY, encoder, outputs
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from leanformers.errors import LeanError
 from leanformers.methods import get
 from leanformers.methods.compress.dsformer import Factoriser, rank_of
 from leanformers.parts import DenseSparseLinear
 from leanformers.parts.dense_sparse import dense_sparse_bits
+from leanformers.parts.dictionary import factorise
 
 SMALL = {"ratio": 1.5, "width": 16, "nonzeros": 2, "iterations": 3}
 QUICK = {**SMALL, "epochs": 0.5, "limit": 32, "batch_size": 8}
@@ -66,6 +70,23 @@ def test_biases_and_all_else_are_untouched_by_the_start():
     assert len(same) > 20 and all(torch.equal(before[name], after[name]) for name in same)
     gone = set(before) - set(after)
     assert all(name.endswith("weight") for name in gone) and len(gone) == len(encoder().anatomy.roles)
+
+
+def test_no_weight_outlives_its_factors(monkeypatch):
+    subject, alive = encoder(), []
+    weights = [subject.anatomy.module(path).weight for path in subject.anatomy.roles]
+    dense = [StorageWeakRef(weight.untyped_storage()) for weight in weights]
+    del weights
+
+    def watched(*args, **options):
+        alive.append(sum(not one.expired() for one in dense))
+        return factorise(*args, **options)
+
+    monkeypatch.setattr("leanformers.methods.compress.dsformer.factorise", watched)
+    get("dsformer").build({**SMALL, "epochs": 0.0})(subject)
+    gc.collect()
+    assert all(one.expired() for one in dense)
+    assert alive[-1] == 1, alive  # the one in hand
 
 
 def test_factored_and_multiplied_out_agree():

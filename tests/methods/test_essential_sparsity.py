@@ -62,6 +62,25 @@ def test_the_pool_is_one_threshold():
     assert drop_smallest(torch.tensor([[3.0, 1.0, 1.0]]), 1).tolist() == [[True, False, True]]
 
 
+@pytest.mark.parametrize("total", [0, 1, 50, 119, 120])
+@pytest.mark.parametrize("grid", [None, 4])  # None: no ties; 4: many
+def test_the_threshold_is_that_of_a_sorted_pool(total, grid):
+    generator = torch.Generator().manual_seed(total)
+    scores = {name: torch.rand(6, 10, generator=generator) ** 4 for name in "ab"}
+    if grid:
+        scores = {name: (score * grid).round() / grid for name, score in scores.items()}
+    pool = torch.cat([score.flatten() for score in scores.values()])
+    gone = pool.argsort(stable=True)[:total]  # equal ones by position
+    calls = []
+    counts = global_counts(lambda: calls.append(1) or scores.items(), total)
+    assert counts == {"a": int((gone < 60).sum()), "b": int((gone >= 60).sum())}
+    assert len(calls) == 3  # each makes the scores of the whole model anew
+    for name, score in scores.items():
+        wanted = torch.ones(60, dtype=torch.bool)
+        wanted[score.flatten().argsort(stable=True)[: counts[name]]] = False
+        assert torch.equal(drop_smallest(score, counts[name]), wanted.view(6, 10))
+
+
 @pytest.mark.parametrize("pattern", ["1:2", "2:4", "4:8"])
 def test_n_of_m_leaves_exactly_n(pattern):
     kept, group = map(int, pattern.split(":"))

@@ -136,6 +136,17 @@ def test_the_model_meets_the_target_and_the_seed_decides(make, variant, tmp_path
     assert torch.equal(outputs(Subject(model=loaded, tokenizer=subject.tokenizer, task=subject.task)), outputs(subject))
 
 
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_the_estimate_counts_what_the_target_counts(embeddings):
+    subject = decoder(hidden_size=96)
+    whole, inside = subject.anatomy.parameters(), sum(count_parameters(one.module) for one in subject.anatomy.layers)
+    method = VTrans(target=0.4, variant="faster", embeddings=embeddings, hidden=None if embeddings else False, **QUICK)
+    estimate = method.estimate(subject.anatomy).parameters
+    assert estimate == pytest.approx(-0.4 * (whole if embeddings else inside), rel=0.01)
+    method(subject)
+    assert subject.anatomy.parameters() - whole == pytest.approx(estimate, rel=0.03)
+
+
 def test_faster_trains_the_gates_alone(monkeypatch):
     subject = decoder(hidden_size=96)
     before = copy.deepcopy(subject.model.state_dict())

@@ -177,6 +177,12 @@ def test_interruption_is_said():
     assert "interrupted" in Checked(render(data)).text
 
 
+def test_a_search_without_time_for_a_recipe_says_how_to_go_on():
+    data = sample() | {"points": [], "seconds": 349}
+    assert view.headline(data).startswith("No recipe has been tried yet (5 min 49 s went into the baseline): the same")
+    assert "No recipe" not in view.headline(sample())
+
+
 def test_a_reference_that_beats_the_model_is_said():
     data = sample()
     assert "is a transformer needed" not in view.headline(data)

@@ -38,11 +38,11 @@ def through_torch_export(model: Any) -> Any:
 # -- exactness -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "vit", "whisper"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_lean_models_through_torch_export(family):
     """Every kind of edit in one model, int8 activations aside, which no graph rounds."""
     model, made = lean(family)
-    assert len(made) >= (5 if family in ("vit", "whisper") else 7)
+    assert len(made) >= 7
     with unrounded(model):
         assert farthest(through_torch_export(model), model) <= TOLERANCE
 
@@ -53,14 +53,15 @@ def test_lean_models_through_torch_export(family):
         pytest.param("bert", "onnxruntime", marks=onnx),
         pytest.param("bert", "openvino", marks=openvino),
         pytest.param("llama", "onnxruntime", marks=onnx),
-        pytest.param("llama", "openvino", marks=openvino),
         pytest.param("t5", "openvino", marks=openvino),
         pytest.param("whisper", "onnxruntime", marks=[onnx, pytest.mark.slow]),
         pytest.param("vit", "openvino", marks=openvino),
     ],
 )
 def test_lean_models_in_a_runtime(family, runtime):
-    model, _ = lean(family)
+    """The same; a runtime's graph is made of torch.export's."""
+    model, made = lean(family)
+    assert len(made) >= (5 if family in ("vit", "whisper") else 7)
     with unrounded(model):
         assert farthest(prepare(model, Forward(), runtime), model) <= TOLERANCE
 
@@ -142,7 +143,7 @@ def test_int8_runs_and_is_close(name):
     """A random model shows every rounding, so the outputs are close as a whole and not one by one."""
     if name not in available():
         pytest.skip(check_refusal(name))
-    model = TINY["bert"](hidden_size=128, intermediate_size=256)
+    model = TINY["bert"](num_hidden_layers=1, hidden_size=128, intermediate_size=256)
     one = batch(model, 32, 11, True)
     expected = Forward().forward(model, one).detach()
     given = {"tokenizer": object()} if name == "openvino-int8" else {}
@@ -327,7 +328,7 @@ class Bessel(torch.nn.Linear):
     ],
 )
 def test_the_layer_that_cannot_be_exported_is_named(kind, form, why, capfd):
-    model = TINY["bert"]()
+    model = TINY["bert"](num_hidden_layers=2)
     model.bert.encoder.layer[1].output.dense = kind(64, 32)
     with pytest.raises(
         LeanError, match=rf"to {form} at bert.encoder.layer.1.output.dense, a {kind.__name__} \(.*{why}"

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,19 @@ def written(task: Any, model: Any, tokenizer: Any, form: str, folder: Path) -> P
     return save(exported, folder, task, tokenizer)
 
 
+@pytest.fixture(scope="module")
+def folder_of(tokenizers, tmp_path_factory) -> Any:
+    """Makes task, tokenizer, lean model and its exported folder, each once."""
+
+    @cache
+    def made(kind: str, form: str) -> tuple[Any, Any, Any, Path]:
+        task, tokenizer = TASKS[kind](), tokenizers["llama" if kind == "causal" else "bert"]
+        model = lean(kind, tokenizer)
+        return task, tokenizer, model, written(task, model, tokenizer, form, tmp_path_factory.mktemp("export") / "out")
+
+    return made
+
+
 def answer(exported: Any, task: Any, model: Any, batch: Any) -> torch.Tensor:
     names = frozenset(call_of(task, model, batch).tensors)
     return task.forward(StandIn(exported.runners["model"], names, exported.config, exported.device), batch)
@@ -87,10 +101,8 @@ def answer(exported: Any, task: Any, model: Any, batch: Any) -> torch.Tensor:
         pytest.param("classification", "openvino", marks=openvino),
     ],
 )
-def test_a_reopened_folder_answers_every_kind_of_task(kind, form, tokenizers, tmp_path):
-    task, tokenizer = TASKS[kind](), tokenizers["llama" if kind == "causal" else "bert"]
-    model = lean(kind, tokenizer)
-    folder = written(task, model, tokenizer, form, tmp_path / "out")
+def test_a_reopened_folder_answers_every_kind_of_task(kind, form, folder_of):
+    task, tokenizer, model, folder = folder_of(kind, form)
     exported = open_exported(folder)
     for batch in task.batches(tokenizer, "test", batch_size=3):
         with torch.no_grad():
@@ -137,12 +149,10 @@ def test_an_embedder_lies_as_sentence_transformers_keeps_it(tokenizers, tmp_path
 
 
 @openvino
-def test_openvino_alone_opens_a_classifier(tokenizers, tmp_path):
+def test_openvino_alone_opens_a_classifier(folder_of):
     import openvino as ov
 
-    task, tokenizer = TASKS["classification"](), tokenizers["bert"]
-    model = lean("classification", tokenizer)
-    folder = written(task, model, tokenizer, "openvino", tmp_path / "out")
+    task, tokenizer, model, folder = folder_of("classification", "openvino")
     batch = next(task.batches(tokenizer, "test", batch_size=3))
     place = folder / "openvino" / "openvino_model.xml"
     compiled = ov.Core().compile_model(str(place), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})

@@ -203,7 +203,7 @@ def test_it_compiles_without_a_break(family):
         ("bert", "lm", "answers for every token"),
         ("llama", "classification", "decodes"),
         ("t5", "lm", "decodes"),
-        ("mpnet", "classification", "scores positions"),
+        ("mpnet", "classification", "bias of positions"),
         ("deberta-v2", "classification", "scores positions"),
         ("wav2vec2", "classification", "no token of its own"),
     ],

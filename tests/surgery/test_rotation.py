@@ -24,6 +24,7 @@ from leanformers.surgery import (
     QuantiseLinear,
     SliceResidual,
     apply,
+    rotation,
     tier,
 )
 from leanformers.surgery.rotation import centred, steps
@@ -56,8 +57,19 @@ def test_any_rotation_of_the_whole_width_changes_nothing(name, head):
     scale = expected.abs().max()
     assert (outputs(turned, batch) - expected).abs().max() <= 1e-4 * scale
     anatomy = Anatomy.of(turned)
-    assert anatomy.rotated and not anatomy.tied
+    assert anatomy.residual.rotated and not anatomy.tied
     assert anatomy.hidden_size == 32
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_tables_and_heads_are_turned_some_rows_at_a_time(name, monkeypatch):
+    whole = rotated(name)
+    rows = []
+    monkeypatch.setattr(rotation, "_ROWS", 10)
+    monkeypatch.setattr(rotation, "centred", lambda data, norm: rows.append(data) or centred(data, norm))
+    for before, after in zip(whole.parameters(), rotated(name).parameters(), strict=True):
+        torch.testing.assert_close(after, before)
+    assert rows[0].dtype == torch.float64 and len(rows[0]) == 10  # of the token table
 
 
 @pytest.mark.parametrize("name", (*ROTATED, *IMAGES))
@@ -214,7 +226,7 @@ def test_compile_gives_the_same_outputs(name):
     model = rotated(name)
     batch = inputs(model)
     with torch.inference_mode():
-        compiled = torch.compile(model, dynamic=True, fullgraph=True)
+        compiled = torch.compile(model, dynamic=True, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
 
 

@@ -52,7 +52,7 @@ def restrict(model: Any, keep: torch.Tensor) -> None:
             if id(child) in norms and child.weight.shape == (width,):
                 setattr(parent, name, Restricted(child, keep))
     with torch.no_grad():
-        for reader in [*anatomy.reads, *anatomy.outputs.values()]:
+        for reader in [*anatomy.residual.reads, *anatomy.residual.outputs.values()]:
             weight = reader.module.weight.t() if reader.transposed else reader.module.weight
             weight[:, gone] = 0
         head = anatomy.head
@@ -63,7 +63,7 @@ def restrict(model: Any, keep: torch.Tensor) -> None:
 @pytest.mark.parametrize(("name", "head"), CASES)
 def test_the_small_model_is_the_restricted_large_one(name, head):
     small, large = TINY[name](head=head), TINY[name](head=head)
-    if Anatomy.of(small).fixed_width:
+    if Anatomy.of(small).residual.fixed_width:
         assert name in FIXED
         with pytest.raises(LeanError, match="works on the whole width of the residual stream"):
             apply(small, SliceResidual(size=24), keep=KEEP)

@@ -155,6 +155,15 @@ def test_incomplete_checkpoints(saved, bert_encoder, bert_masked, bert_tokenizer
     refused(folder, OF_KIND["vectors"], "lacks 16 tensors")
 
 
+def test_a_pickle_is_never_read(saved, bert_encoder, bert_tokenizer):
+    folder = saved(bert_encoder, bert_tokenizer)
+    torch.save(bert_encoder.state_dict(), folder / "pytorch_model.bin")
+    load(folder)  # beside safetensors it is passed over
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(LeanError, match=r"pytorch_model\.bin.*can run code"):
+        load(folder)
+
+
 def test_a_folder_with_a_module_that_we_do_not_keep(saved, bert_encoder, bert_tokenizer):
     folder = saved(bert_encoder, bert_tokenizer)
     OF_KIND["vectors"].save_extras(folder, bert_tokenizer)

@@ -89,8 +89,10 @@ def test_losses():
     expected = functional.kl_div(student.log_softmax(0), target.softmax(0), reduction="batchmean")
     torch.testing.assert_close(LOSSES["kl_dim0"](student, target, None), expected)
     torch.testing.assert_close(LOSSES["mse"](student, target, mask), (student - target)[mask].square().mean())
+    elsewhere = torch.where(mask[..., None], 0.0, 10 * torch.randn(3, 5, 4))  # what padding holds counts nowhere
     for loss in LOSSES.values():
         assert loss(target, target, mask).abs() < 1e-6
+        torch.testing.assert_close(loss(student + elsewhere, target - elsewhere, mask), loss(student, target, mask))
 
 
 def _linear(seed=0):

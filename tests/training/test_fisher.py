@@ -66,6 +66,15 @@ def test_groups_of_one_block_and_padding_do_not_mix():
     assert (step[:8] == 0).all() and step[8] != 0
 
 
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("spoilt", [-1.0, float("nan")])
+def test_an_inverse_that_is_no_longer_positive_is_refused(group, spoilt):
+    fisher, _ = built()
+    fisher.inverse.mul_(spoilt)
+    with pytest.raises(LeanError, match="not positive definite any more: raise damp"):
+        fisher.scores(torch.ones(10), group)
+
+
 def test_a_block_of_one_moves_nothing_else():
     fisher, _ = built(block=1)
     weight, pruned = torch.randn(10), torch.arange(10) < 5

@@ -18,8 +18,10 @@ from leanformers.anatomy import flops as _flops
 from leanformers.anatomy.families import FAMILIES, find
 from leanformers.anatomy.family import Family, StackPaths
 from leanformers.anatomy.flops import Rows
-from leanformers.anatomy.parts import Attention, FeedForward, Layer, Norm, Projection, is_linear, linear_shape
+from leanformers.anatomy.parts import Attention, FeedForward, Layer, Norm, Projection
 from leanformers.anatomy.reading import has, read_layers, stack_norms
+from leanformers.anatomy.residual import Residual
+from leanformers.anatomy.softmax import Extra, extras
 from leanformers.errors import LeanError
 
 if TYPE_CHECKING:
@@ -237,111 +239,22 @@ class Anatomy:
             paths.append(self.embeddings_path)
         return tuple(f"{self.prefix}{path}." for path in paths)
 
-    # -- the residual stream -----------------------------------------------------------------------------
+    @cached_property
+    def residual(self) -> Residual:
+        """What reads and what writes the residual stream."""
+        return Residual(self)
+
+    # -- what can be done with it ------------------------------------------------------------------------
+
+    def more_than_softmax(self, *known: Extra) -> str | None:
+        """What attention is here beside softmax(query key) value and the ``known`` extras, in words that follow the
+        model's name, such as "caps its attention scores"; None where it is no more than that (``softmax.py``)."""
+        return next((words for extra, words in extras(self) if extra not in known), None)
 
     @property
-    def reads(self) -> list[Projection]:
-        """Projections of the layers whose input is the (normed) residual stream, those of cross-attention and
-        of relative positions included; ``outputs`` are the readers after the layers."""
-        reads: list[Projection] = []
-        for layer in self.layers:
-            for attention in layer.attentions():
-                reads += [attention.query, attention.key, attention.value, *attention.extra]
-            reads += [part for role, part in layer.feed_forward.projections() if role != "down"]
-        return reads
-
-    @property
-    def writes(self) -> list[Projection]:
-        """Projections of the layers whose output is added to the residual stream (through a norm or a gain
-        where the layer has one at the ``output``); ``tables`` and ``inputs`` are what starts the stream."""
-        writes: list[Projection] = []
-        for layer in self.layers:
-            writes += [attention.output for attention in layer.attentions()]
-            writes += [part for role, part in layer.feed_forward.projections() if role == "down"]
-        return writes
-
-    @property
-    def tables(self) -> dict[str, nn.Parameter]:
-        """The parameters [..., hidden_size] that are added to the stream, by path, tied ones once."""
-        named = dict(self.base.named_parameters(remove_duplicate=False))
-        tables: dict[int, tuple[str, nn.Parameter]] = {}
-        for path in self.family.writes:
-            tensor = named.get(path)
-            if tensor is not None and tensor.shape[-1] == self.hidden_size:
-                tables.setdefault(id(tensor), (path, tensor))
-        return dict(tables.values())
-
-    @property
-    def inputs(self) -> dict[str, nn.Module]:
-        """The linears and convolutions outside the layers that write to the stream, by path."""
-        return {path: self.module(path) for path in self.family.inputs if has(self.base, path)}
-
-    @property
-    def fixed_width(self) -> str | None:
-        """A part that holds the stream at its full width (``Family.fixed_width``), by name; None without one."""
-        places = [(path, owner) for path in self.family.fixed_width for owner in (self.base, self.model)]
-        return next((path for path, owner in places if has(owner, path)), None)
-
-    @property
-    def outputs(self) -> dict[str, Projection]:
-        """The linears outside the layers that read the stream, by name in the whole model: of poolers,
-        language-model and classification heads."""
-        outputs: dict[str, Projection] = {}
-        for path in self.family.outputs:
-            for owner, name in ((self.base, f"{self.prefix}{path}"), (self.model, path)):
-                module = owner.get_submodule(path) if has(owner, path) else None
-                if module is not None and is_linear(module) and linear_shape(module)[1] == self.hidden_size:
-                    outputs[name] = Projection(name, module)
-        if all(output.module is self.head for output in outputs.values()):
-            # No pooler and no head of its own: the heads of other tasks (token classes, spans) read the stream.
-            for name, module in _flops.outer_linears(self.model):
-                around = self.base is not self.model and not name.startswith(self.prefix)
-                if around and module is not self.head and linear_shape(module)[1] == self.hidden_size:
-                    outputs.setdefault(name, Projection(name, module))
-        return outputs
-
-    @property
-    def rotated(self) -> bool:
-        """Whether the stream is in another basis at each position (``SliceResidual``): its norms have no gain, and
-        its layers belong together."""
-        return any(isinstance(getattr(norm.module, "width", None), int) for norm in self.norms)
-
-    def check_droppable(self) -> None:
-        """Raises:
-        LeanError: the stream is rotated, and a dropped sub-layer's change of basis would be missing.
-        """
-        if self.rotated:
-            raise LeanError(
-                f"The residual stream of {type(self.model).__name__} changes its basis at each sub-layer: drop layers "
-                "and sub-layers before it is rotated."
-            )
-
-    def gain(self, norm: Norm) -> torch.Tensor:
-        """What a norm multiplies by, [hidden_size], Gemma's offset included."""
-        weight = norm.module.lambda1 if norm.place == "scale" else norm.module.weight
-        if weight is None:
-            return torch.ones(self.hidden_size)
-        return 1 + weight if self.family.norm_offset else weight
-
-    def readers(self, norm: Norm) -> list[Projection]:
-        """The projections that read this norm's output, where its gain can be folded in.
-
-        Empty for norms whose output goes on as the residual stream (``post``, ``embedding``) and for those
-        on a sub-layer's output.
-        """
-        if norm.place == "final":
-            if norm.reads == "encoder" and "decoder" in self.stacks:
-                crossing = [attention for layer in self.layers for attention in layer.attentions() if attention.cross]
-                return [projection for attention in crossing for projection in (attention.key, attention.value)]
-            return list(self.outputs.values())
-        if norm.place != "pre":
-            return []
-        layer = next(layer for layer in self.layers if norm in layer.norms)
-        if norm.reads == "feed_forward":
-            return [part for role, part in layer.feed_forward.projections() if role != "down"]
-        if norm.reads == "cross_attention":
-            return [layer.cross_attention.query] if layer.cross_attention else []
-        return [layer.attention.query, layer.attention.key, layer.attention.value]
+    def swappable_attention(self) -> bool:
+        """Whether attention is looked up in transformers' interface, so that another function can take its place."""
+        return bool(self.model._can_set_attn_implementation())
 
     @property
     def reduces_tokens(self) -> bool:

@@ -46,6 +46,7 @@ class Target(StrEnum):
 
 
 _DATA, _SEARCH = "Data", "Search"
+_LAST_SEED = 2**32 - 1  # numpy takes no larger one
 ModelOption = Annotated[
     str,
     typer.Option("--model", help="A folder, [b]minilm[/b], [b]smollm2[/b], or a name on the hub.", show_default=False),
@@ -92,10 +93,20 @@ MetricOption = Annotated[str | None, typer.Option("--metric", help="What counts 
 DropEmptyOption = Annotated[
     bool, typer.Option("--drop-empty", help="Leave out rows with empty values.", rich_help_panel=_DATA)
 ]
+EncodingOption = Annotated[
+    str | None, typer.Option("--encoding", help="Of a text file that is not UTF-8.", rich_help_panel=_DATA)
+]
+DelimiterOption = Annotated[
+    str | None, typer.Option("--delimiter", help="Of a CSV file without commas.", rich_help_panel=_DATA)
+]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model from the hub.")
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Same seed, same result.", min=0, max=_LAST_SEED)]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Load the weights as float32, bfloat16 or float16; else as they are stored."),
+]
 RuntimeOption = Annotated[
     str, typer.Option("--runtime", help="Where the model runs: torch, torch-compile, onnxruntime, openvino …")
 ]
@@ -136,6 +147,8 @@ def slim(
     max_length: LengthOption = None,
     metric: MetricOption = None,
     drop_empty: DropEmptyOption = False,
+    encoding: EncodingOption = None,
+    delimiter: DelimiterOption = None,
     goal: Annotated[
         list[str] | None,
         typer.Option(
@@ -189,10 +202,7 @@ def slim(
             rich_help_panel=_SEARCH,
         ),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help="Load the weights as float32, bfloat16 or float16; else as they are stored."),
-    ] = None,
+    dtype: DtypeOption = None,
     stock: Annotated[
         bool, typer.Option("--stock", help="Only models that transformers loads alone.", rich_help_panel=_SEARCH)
     ] = False,
@@ -200,7 +210,8 @@ def slim(
         list[str] | None,
         typer.Option(
             "--runtime",
-            help="Where points are measured: torch, openvino … (repeatable); all; else torch and what is installed.",
+            help="What serves it, such as openvino-int8: baseline, goals and search are of it. Beside torch, or after "
+            "another: the points are measured there too. all: everything here. Else torch, then what is installed.",
             rich_help_panel=_SEARCH,
         ),
     ] = None,
@@ -215,7 +226,8 @@ def slim(
 
     chosen = task_from(
         task, data, kind, text=text, label=label, query=query, body=body, validation=validation,
-        test=test, size=size, max_length=max_length, metric=metric, drop_empty=drop_empty,
+        test=test, size=size, max_length=max_length, metric=metric, drop_empty=drop_empty, encoding=encoding,
+        delimiter=delimiter,
     )  # fmt: skip
     if chosen is None:
         raise typer.BadParameter("say what the model is for: --task NAME, or --data FILE with its columns")
@@ -245,13 +257,27 @@ def apply(
     query: QueryOption = None,
     body: BodyOption = None,
     kind: KindOption = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Instead of the recipe's own.")] = None,
+    validation: ValidationOption = None,
+    test: TestOption = None,
+    size: SizeOption = None,
+    max_length: LengthOption = None,
+    metric: MetricOption = None,
+    drop_empty: DropEmptyOption = False,
+    encoding: EncodingOption = None,
+    delimiter: DelimiterOption = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Instead of the recipe's own.", min=0, max=_LAST_SEED)
+    ] = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Make one recipe's lean model, without a search."""
     from leanformers.cli.commands import run_apply, task_from
 
-    chosen = task_from(task, data, kind, text=text, label=label, query=query, body=body)
+    chosen = task_from(
+        task, data, kind, text=text, label=label, query=query, body=body, validation=validation,
+        test=test, size=size, max_length=max_length, metric=metric, drop_empty=drop_empty, encoding=encoding,
+        delimiter=delimiter,
+    )  # fmt: skip
     run_apply(recipe, out, model=model, task=chosen, seed=seed, trust_remote_code=trust_remote_code)
 
 
@@ -283,6 +309,8 @@ def export(
     max_length: LengthOption = None,
     metric: MetricOption = None,
     drop_empty: DropEmptyOption = False,
+    encoding: EncodingOption = None,
+    delimiter: DelimiterOption = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Test rows to measure quality on.", min=1)] = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -294,7 +322,7 @@ def export(
 
     chosen = task_from(
         task, data, kind, text=text, label=label, query=query, body=body, test=test, max_length=max_length,
-        metric=metric, drop_empty=drop_empty,
+        metric=metric, drop_empty=drop_empty, encoding=encoding, delimiter=delimiter,
     )  # fmt: skip
     run_export(
         model, str(to), out, quantize=quantize, max_drop=max_drop, task=chosen, limit=limit,
@@ -316,6 +344,8 @@ def measure(
     max_length: LengthOption = None,
     metric: MetricOption = None,
     drop_empty: DropEmptyOption = False,
+    encoding: EncodingOption = None,
+    delimiter: DelimiterOption = None,
     baseline: Annotated[
         str | None, typer.Option("--baseline", help="Another model, timed in turns with it and compared.")
     ] = None,
@@ -325,6 +355,7 @@ def measure(
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows of a timed batch.", min=1)] = 16,
     limit: Annotated[int | None, typer.Option("--limit", help="Test rows to use.", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    dtype: DtypeOption = None,
     runtime: RuntimeOption = "torch",
     seed: SeedOption = 0,
     trust_remote_code: TrustOption = False,
@@ -334,17 +365,18 @@ def measure(
 
     chosen = task_from(
         task, data, kind, text=text, label=label, query=query, body=body, test=test, max_length=max_length,
-        metric=metric, drop_empty=drop_empty,
+        metric=metric, drop_empty=drop_empty, encoding=encoding, delimiter=delimiter,
     )  # fmt: skip
     if packed:
         if baseline is not None:
             raise typer.BadParameter("--packed compares a model with itself: leave --baseline out")
         run_measure_packed(
-            model, chosen, batch_size=batch_size, runtime=runtime, as_json=as_json, trust_remote_code=trust_remote_code
-        )
+            model, chosen, batch_size=batch_size, dtype=dtype, runtime=runtime, as_json=as_json,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         return
     run_measure(
-        model, chosen, baseline=baseline, batch_size=batch_size, limit=limit, runtime=runtime, seed=seed,
+        model, chosen, baseline=baseline, batch_size=batch_size, limit=limit, dtype=dtype, runtime=runtime, seed=seed,
         as_json=as_json, trust_remote_code=trust_remote_code,
     )  # fmt: skip
 

@@ -59,13 +59,15 @@ def show_frontier(data: dict[str, Any], out: Path) -> None:
     screen.print(tables.frontier(data))
     if data.get("status") == "interrupted":
         screen.print("The search was interrupted; the same command goes on with it.", style="yellow")
+    if missed := [goal["text"] for goal in view.goal_limits(data) if not goal["met"]]:
+        screen.print(f"Not reached: {', '.join(missed)}.", style="yellow", soft_wrap=True)
     screen.print(f"Report: {out / 'report.html'}", markup=False, soft_wrap=True)
     points = {point["name"]: point for point in data.get("points", ()) if point.get("status") == "frontier"}
     best = points.get(data.get("best") or "") or data["baseline"]
     if not best.get("folder"):
         return
-    what = "the best point" if best is not data["baseline"] else "the baseline, which no recipe beats"
-    screen.print(f"\nTo use {what}, {best['name']}, in Python:\n", markup=False)
+    what = f"the best point, {best['name']}" if best is not data["baseline"] else "the baseline, which no recipe beats"
+    screen.print(f"\nTo use {what}, in Python:\n", markup=False, soft_wrap=True)
     for line in view.row(data, best, out)["lines"]:
         screen.print(f"    {line}", markup=False, soft_wrap=True)
 
@@ -123,7 +125,14 @@ def run_export(model: str, to: str, out: Path, **options: Any) -> None:
 
 
 def run_measure(
-    model: str, task: Any, *, baseline: str | None, as_json: bool, trust_remote_code: bool, **options: Any
+    model: str,
+    task: Any,
+    *,
+    baseline: str | None,
+    as_json: bool,
+    dtype: str | None,
+    trust_remote_code: bool,
+    **options: Any,
 ) -> None:
     """Measure one model, or one against another in the same rounds."""
     from leanformers.measure import compare, environment, measure
@@ -131,9 +140,10 @@ def run_measure(
     from leanformers.tasks import load
 
     silence_transformers()
+    stored = _dtype(dtype)
 
     def loaded(name: str) -> Any:
-        return load(name, task, trust_remote_code=trust_remote_code)
+        return load(name, task, stored, trust_remote_code=trust_remote_code)
 
     folders = {key: name for key, name in (("baseline", baseline), ("model", model)) if name and Path(name).is_dir()}
     other = None
@@ -157,7 +167,22 @@ def run_measure(
     console().print(describe(), style="dim", markup=False)
 
 
-def run_measure_packed(model: str, task: Any, *, as_json: bool, trust_remote_code: bool, **options: Any) -> None:
+def _dtype(given: str | None) -> str:
+    """What `load` takes: a name that was given, or the checkpoint's own.
+
+    Raises:
+        LeanError: there is no such type of weights.
+    """
+    from leanformers.recipe import DTYPES
+
+    if given is not None and given not in DTYPES:
+        raise LeanError(f"dtype is one of {', '.join(DTYPES)}, not {given!r}")
+    return given or "auto"
+
+
+def run_measure_packed(
+    model: str, task: Any, *, as_json: bool, dtype: str | None, trust_remote_code: bool, **options: Any
+) -> None:
     """Time one model padded, length-sorted and packed, and say what to expect."""
     from leanformers.measure import environment
     from leanformers.measure.environment import describe
@@ -167,7 +192,7 @@ def run_measure_packed(model: str, task: Any, *, as_json: bool, trust_remote_cod
     silence_transformers()
     if task is None:
         raise LeanError("--packed compares on texts: give --task NAME or --data FILE")
-    loaded, tokenizer = load(model, task, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = load(model, task, _dtype(dtype), trust_remote_code=trust_remote_code)
     found = compare_packed(loaded, task, tokenizer, **options)
     if as_json:
         record = {"model": model, "packing": found.to_json(), "environment": environment()}
@@ -186,5 +211,5 @@ def run_advise(model: str, task: Any, *, length: int, trust_remote_code: bool) -
     from leanformers.tasks import load
 
     silence_transformers()
-    loaded = load(model, task, trust_remote_code=trust_remote_code)
+    loaded = load(model, task, "auto", trust_remote_code=trust_remote_code)
     console().print(tables.advice(advise(loaded, task, length=length), length))

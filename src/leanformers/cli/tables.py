@@ -44,7 +44,7 @@ def frontier(data: Mapping[str, Any]) -> Group:
         legend.add_row(letter, Text.assemble(view.added(data, point), (f"\n{where}", "dim"), (told, "yellow")))
     table.add_section()
     for point in [data["baseline"], *data.get("references", ())]:
-        table.add_row(str(point["name"]), *(_cell(point, key) for key in TABLE), point.get("tier") or "–")
+        table.add_row(str(point["name"]), *(_cell(point, key) for key in TABLE), view.loads_with(point) or "–")
     return Group(Text(), table, Text(), legend, Text(), Text(view.headline(data), "dim"))
 
 

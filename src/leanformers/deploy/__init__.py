@@ -1,6 +1,6 @@
 """Lean models where they are served: `export` writes a model for a runtime, proves the folder and measures it."""
 
-from leanformers.deploy.exporting import Exported, export
+from leanformers.deploy.exporting import Exported, draft, export
 from leanformers.deploy.stock import check_stock, obstacles
 from leanformers.deploy.targets import DEPLOYED, TARGETS, Target, target, width_multiple
 
@@ -10,6 +10,7 @@ __all__ = [
     "Exported",
     "Target",
     "check_stock",
+    "draft",
     "export",
     "obstacles",
     "target",

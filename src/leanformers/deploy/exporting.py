@@ -12,6 +12,7 @@ from leanformers.deploy.proof import Proof, prove
 from leanformers.deploy.targets import target
 from leanformers.errors import LeanError
 from leanformers.execute import load_model, task_of
+from leanformers.runtimes import Prepared
 from leanformers.surgery import ledger
 
 if TYPE_CHECKING:
@@ -76,11 +77,7 @@ def export(
     folders.check_output(folder, lambda _: False, "an empty place for an export")
     the_task = task_of(task) if task is not None else _task_beside(model)
     loaded, own = load_model(model, the_task, tokenizer, "float32", trust_remote_code=trust_remote_code)
-    if loaded.device.type != "cpu":  # exports are made there, and the caller's model stays where it is
-        loaded = copy.deepcopy(loaded).to("cpu")
-    loaded.eval()
-    if lost := next((edit.lost_by_export for edit in ledger(loaded) if edit.lost_by_export is not None), None):
-        raise LeanError(f"{lost} Export the model that it was made of.")
+    loaded = _exportable(loaded)
     with folders.whole(folder) as partial:
         if max_drop is not None and wanted.within is not None:
             wanted.within(loaded, own, the_task, partial, max_drop)
@@ -105,6 +102,35 @@ def export(
     return Exported(
         folder=folder, target=wanted.name, quantize=quantize, proof=proof, measurement=measured, source=source
     )
+
+
+def draft(model: Any, tokenizer: Any, task: Any, to: str, folder: Path, *, quantize: str | None = None) -> Prepared:
+    """The model as it would run exported, from a folder that nobody is to deploy: it is not proved.
+
+    Args:
+        folder: an empty one, which is needed as long as the result is.
+        The rest is as in `export`.
+
+    Raises:
+        LeanError: bad input, or a part that cannot be exported.
+    """
+    wanted = target(to)
+    wanted.write(_exportable(model), tokenizer, task, folder, wanted.check(quantize))
+    return wanted.prepare(folder, model, task, quantize)
+
+
+def _exportable(model: Any) -> Any:
+    """The model on the CPU, where exports are made; the caller's stays where it is.
+
+    Raises:
+        LeanError: it holds an edit that an exported model would no longer do.
+    """
+    if model.device.type != "cpu":
+        model = copy.deepcopy(model).to("cpu")
+    model.eval()
+    if lost := next((edit.lost_by_export for edit in ledger(model) if edit.lost_by_export is not None), None):
+        raise LeanError(f"{lost} Export the model that it was made of.")
+    return model
 
 
 def _record(folder: Path, name: str, quantize: str | None, max_drop: float | None, proof: Proof, measured: Any) -> None:

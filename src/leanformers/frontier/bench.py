@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,13 +22,15 @@ from leanformers import folders
 from leanformers.errors import LeanError
 from leanformers.execute import attach_reference, execute, load_model, save_checkpoint, seed_everything
 from leanformers.execute import write_provenance as provenance
-from leanformers.frontier.deployed import deployed, exported, named
+from leanformers.frontier.deployed import bounded, deployed, exported, named
 from leanformers.frontier.space import Steps, name_of, trained_prefix
+from leanformers.frontier.venue import venue_of
 from leanformers.methods import Budget, MethodInfo, Subject
 from leanformers.recipe import Recipe, key_of
 
 BASELINE = "baseline"
 RESULT = "result.json"
+SOURCE = "source.json"  # of a baseline that is an export: what it was exported from, measured in torch
 _PREFIXES = 3  # models kept in memory, so that recipes that begin alike train once
 
 
@@ -73,7 +75,8 @@ class Workbench:
 
     budget: what an estimate may train. validation: rows on which recipes are compared while the search goes;
     test: rows of the last measurement, None for all. tune: steps that make the baseline of the loaded model,
-    None to fine-tune only where the head is new. runtimes: in which the last measurement also runs every model.
+    None to fine-tune only where the head is new. runtime: where all is measured; for an exported one, as it is
+    served there. runtimes: in which the last measurement also runs every model.
     """
 
     quick_seconds = 1.5  # of timing, for an estimate
@@ -103,11 +106,13 @@ class Workbench:
         self.folder, self.source, self.task, self.infos = folder, model, task, infos
         self.recipe, self.given_tokenizer, self.tune = recipe, tokenizer, tune
         self.budget, self.validation, self.test = budget, validation, test
-        self.timing: dict[str, Any] = {"batch_size": batch_size, "runtime": runtime, "seed": recipe.seed}
+        self.timing: dict[str, Any] = {"batch_size": batch_size, "seed": recipe.seed}
+        self.venue = venue_of(folder, task, runtime)
         self.device, self.progress = device, progress
         self._prefixes: OrderedDict[str, Subject] = OrderedDict()
         self.model: Any = None
-        self.quality_goal: float | None = None  # as a ratio to the baseline: what int8 of a runtime may not fall below
+        self.check: Callable[[Subject], Any] = lambda subject: None  # refuses a model before it is trained
+        self.quality_goal: float | None = None  # as a ratio to the baseline: what a number format may not fall below
 
     # -- the baseline --------------------------------------------------------------------------------------
     def baseline(self) -> Any:
@@ -125,6 +130,7 @@ class Workbench:
         self.model = model.to(self.device).eval()
         attach_reference(self.task, self.model, self.tokenizer)
         self.teacher = Teacher(self.model, self.task, self.tokenizer, folder=self.folder / "teacher")
+        self.venue.baseline, _ = self.venue.ready(BASELINE, (self.model, self.tokenizer), place)
         self._reference = Measurement.from_json(json.loads((place / "validation.json").read_text()))
         return Measurement.from_json(json.loads((place / "measurement.json").read_text()))
 
@@ -145,6 +151,9 @@ class Workbench:
         if model is self.source or (isinstance(self.source, tuple) and model is self.source[0]):
             model = copy.deepcopy(model)
         subject = self._subject(model.to(self.device), tokenizer)
+        if tune:
+            self.check(replace(subject, teacher=subject.model))  # the baseline becomes the teacher
+            self.venue.check((subject.model, tokenizer))
         with folders.whole(place, keep=True) as partial:
             attach_reference(self.task, subject.model, tokenizer)
             execute(tune, subject, folder=partial / "training")
@@ -152,8 +161,14 @@ class Workbench:
             save_checkpoint(partial, subject.model, subject.tokenizer, self.task)
             provenance(partial, replace(self.recipe, steps=tuple(tune)))
             pair = (subject.model, subject.tokenizer)
-            whole = measure(pair, self.task, folder=partial, limit=self.test, seconds=self.last_seconds, **self.timing)
-            part = measure(pair, self.task, folder=partial, limit=self.validation, split="validation", **self._quick())
+            self.venue.forget(BASELINE)
+            ready, files = self.venue.ready(BASELINE, pair, partial)
+            slow = {"limit": self.test, "seconds": self.last_seconds, **self.timing}
+            whole = measure(ready, self.task, folder=files, **slow)
+            part = measure(ready, self.task, folder=files, limit=self.validation, split="validation", **self._quick())
+            if self.venue.exports:
+                source = measure(pair, self.task, folder=partial, baseline=ready, **slow)
+                folders.write_json(partial / SOURCE, source.to_json())
             folders.write_json(partial / "validation.json", part.to_json())
             folders.write_json(partial / "measurement.json", whole.to_json())
             _remove(partial / "training")
@@ -171,6 +186,11 @@ class Workbench:
             progress=self.progress,
             **more,
         )
+
+    @property
+    def subject(self) -> Subject:
+        """The baseline, its own teacher, as methods look at it."""
+        return self._subject(self.model, self.tokenizer, teacher=self.teacher)
 
     def _fresh(self, budget: Budget | None) -> Subject:
         return self._subject(
@@ -207,19 +227,19 @@ class Workbench:
             notes=copy.deepcopy(kept.notes),
         )
 
-    def _measured(self, subject: Subject, start: float, folder: Path | None = None) -> Result:
+    def _measured(self, subject: Subject, start: float, folder: Path | None = None, name: str = "") -> Result:
+        """On the validation rows. folder: the checkpoint of a model that is kept under a name."""
         from leanformers.measure import measure
-        from leanformers.surgery import tier
 
-        found = measure(
-            (subject.model, subject.tokenizer),
-            self.task,
-            split="validation",
-            limit=self.validation,
-            baseline=(self.model, self.tokenizer),
-            folder=folder,
-            **self._quick(),
-        )
+        pair = (subject.model, subject.tokenizer)
+        options = {"split": "validation", "limit": self.validation, **self._quick()}
+        if folder is None:
+            found = self.venue.estimate(pair, **options)
+        else:
+            self.venue.forget(name)
+            drop = self._may_lose(name, self.venue.runtime, pair)
+            ready, files = self.venue.ready(name, pair, folder, drop)
+            found = measure(ready, self.task, baseline=self.venue.baseline, folder=files, **options)
         if found.quality is None or not math.isfinite(found.quality):
             raise FloatingPointError(f"its quality is not a number ({found.quality})")
         return Result(
@@ -229,7 +249,7 @@ class Workbench:
             train_seconds=subject.trained_seconds,
             trained_examples=subject.trained_examples,
             full_examples=subject.full_examples,
-            tier=tier(subject.model),
+            tier=self.venue.tier(subject.model),
         )
 
     # -- in full -------------------------------------------------------------------------------------------
@@ -257,7 +277,7 @@ class Workbench:
                     recipe = replace(self.recipe, steps=(*self.recipe.steps, *steps))
                     provenance(partial, recipe, subject.notes)
                     _remove(partial / "training")
-                    result = self._measured(subject, start, partial)
+                    result = self._measured(subject, start, partial, name)
                     folders.write_json(partial / "steps.json", steps)
                     folders.write_json(partial / RESULT, result.to_json())
                 return result
@@ -274,40 +294,49 @@ class Workbench:
         from leanformers.measure import compare
         from leanformers.training.progress import bar
 
-        models: dict[str, Any] = {BASELINE: (self.model, self.tokenizer)}
-        places: dict[str, Any] = {BASELINE: self.folder / BASELINE}
+        pairs: dict[str, Any] = {BASELINE: (self.model, self.tokenizer)}
+        places: dict[str, Path] = {BASELINE: self.folder / BASELINE}
         for name in names:
             places[name] = self.folder / "finals" / name
             model, tokenizer = self._load(places[name])
-            models[name] = (model.to(self.device), tokenizer)
-        runtimes = dict.fromkeys(models, self.timing["runtime"])
-        wanted = [(name, runtime) for name in models for runtime in self.runtimes]
+            pairs[name] = (model.to(self.device), tokenizer)
+        models: dict[str, Any] = {}
+        for name, pair in pairs.items():
+            drop = self._may_lose(name, self.venue.runtime, pair)
+            models[name], places[name] = self.venue.ready(name, pair, places[name], drop)
+        wanted = [(name, runtime) for name in pairs for runtime in self.runtimes]
         with bar(self.progress, "Exporting", len(wanted)) as advance:
             for name, runtime in wanted:
                 advance(1, f"{name} for {runtime}")
-                found = deployed(self.folder, name, runtime, models[name], self.task, self._may_lose(name))
+                drop = self._may_lose(name, runtime, pairs[name])
+                found = deployed(self.folder, name, runtime, pairs[name], self.task, drop)
                 if found is not None:
                     key = named(name, runtime)
-                    models[key], places[key], runtimes[key] = (
-                        (found, models[name][1]),
-                        exported(self.folder, key),
-                        runtime,
-                    )
+                    models[key], places[key] = (found, pairs[name][1]), exported(self.folder, key)
         try:
-            timing = {**self.timing, "runtime": runtimes}
-            return compare(models, self.task, folders=places, limit=self.test, seconds=self.last_seconds, **timing)
+            return compare(models, self.task, folders=places, limit=self.test, seconds=self.last_seconds, **self.timing)
         finally:
+            pairs.clear()
             models.clear()
             _free()
 
-    def _may_lose(self, name: str) -> float | None:
-        """What share of its quality a model may lose in another runtime: None without a goal, or where it misses it."""
-        if self.quality_goal is None:
+    def _may_lose(self, name: str, runtime: str, pair: tuple[Any, Any]) -> float | None:
+        """What share of its quality a model may lose in a runtime that can bound it, where it is not exported yet."""
+        from leanformers.runtimes import prepare
+
+        if self.quality_goal is None or not bounded(runtime) or exported(self.folder, named(name, runtime)).is_dir():
             return None
-        result = self.folder / "finals" / name / RESULT
-        own = json.loads(result.read_text())["ratios"].get("quality") if result.is_file() else 1.0
-        drop = 1 - self.quality_goal / own if own else 0.0
-        return drop if 0 < drop < 1 else None
+        metrics = self.task.evaluate(prepare(pair[0], self.task), pair[1], "validation", self.validation)
+        return may_lose(self.quality_goal, self.task.ratio(self.task.quality(metrics), self._reference.quality))
+
+
+def may_lose(goal: float, own: float) -> float | None:
+    """What share of its quality a model of quality `own` may lose to be at the goal; None where it misses it as it is.
+
+    Both are ratios to the baseline.
+    """
+    drop = 1 - goal / own if own else 0.0
+    return drop if 0 < drop < 1 else None
 
 
 def check_steps(tune: Any) -> Steps | None:

@@ -62,12 +62,24 @@ Quality is {task.get("metric", "the task's metric")} on the test split; latency 
 {load}
 ```
 
-The recipe, which makes it again (`leanformers apply recipe.yaml --out DIR`):
+The recipe, which makes it again ({_again(point.tier, measured.runtime)}):
 
 ```yaml
 {steps}
 ```
 """
+
+
+def _again(tier: str | None, runtime: str) -> str:
+    """The commands that make a point of its recipe."""
+    from leanformers.deploy import DEPLOYED
+
+    apply = "`leanformers apply recipe.yaml --out DIR`"
+    if tier != "runtime" or runtime not in DEPLOYED:
+        return apply
+    to, quantize = DEPLOYED[runtime]
+    options = f" --quantize {quantize}" if quantize else ""
+    return f"{apply}, then `leanformers export DIR --to {to}{options} --out OUT`"
 
 
 def licence_of(base: str | None) -> str | None:
@@ -94,7 +106,8 @@ def _runtimes(points: Sequence[Any]) -> str:
     """The same recipe in other runtimes, as a table."""
     if not points:
         return ""
-    lines = ["", "| runtime | quality | latency, s per batch | to the baseline | bytes |", "|---|---|---|---|---|"]
+    lines = ["", "The same recipe elsewhere, measured beside it on the same machine:", ""]
+    lines += ["| runtime | quality | latency, s per batch | to the baseline | bytes |", "|---|---|---|---|---|"]
     for point in points:
         measured = point.measurement
         cells = (measured.quality, measured.latency, point.ratios.get("latency"), measured.bytes)

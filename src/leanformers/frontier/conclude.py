@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from leanformers import folders
-from leanformers.frontier.bench import BASELINE, RESULT, Bench, Result
+from leanformers.frontier.bench import BASELINE, RESULT, SOURCE, Bench, Result
 from leanformers.frontier.card import licence_of, model_card
-from leanformers.frontier.deployed import exported, is_deployed, source_of
+from leanformers.frontier.deployed import export_of, exported, is_deployed, source_of
 from leanformers.frontier.goals import Goal
 from leanformers.frontier.pareto import dominates, non_dominated, spread
 from leanformers.frontier.result import Frontier, Point, minimised
@@ -45,14 +45,15 @@ def points_of(search: Search, bench: Bench, recipe: Recipe, baseline: Measuremen
     corner = reference_of(search.goals, search.objectives, KEPT)
     kept = spread(vectors, search.effort.points, corner) or non_dominated(vectors)[: search.effort.points]
     compared = _compare(bench, [names[i] for i in kept], baseline)
+    files = export_of(search.folder, BASELINE, compared[BASELINE].runtime)
     first = Point(
         name=BASELINE,
         status=BASELINE,
         recipe=recipe,
         measurement=compared[BASELINE],
         ratios=compared[BASELINE].ratios(compared[BASELINE]),
-        folder=search.folder / BASELINE,
-        tier=_tier_of(search.folder / BASELINE),
+        folder=files or search.folder / BASELINE,
+        tier="runtime" if files else _tier_of(search.folder / BASELINE),
     )
     found = [_measured_point(search, recipe, name, saved[name], known[name], compared) for name in names]
     found += [
@@ -95,7 +96,7 @@ def _measured_point(
         recipe=replace(recipe, steps=(*recipe.steps, *steps)),
         measurement=measured,
         ratios=ratios,
-        folder=search.finals / name,
+        folder=export_of(search.folder, name, measured.runtime) or search.finals / name,
         tier=result.tier,
         meets=meets(search.goals, measured, ratios),
         seconds=result.seconds,
@@ -210,6 +211,8 @@ def write_points(
                 dirs_exist_ok=True,
             )
             folders.write_json(partial / "measurement.json", measured.to_json())
+            if point.recipe is not None and not (partial / "recipe.yaml").is_file():  # an export holds none
+                point.recipe.save(partial / "recipe.yaml")
             point = replace(point, folder=target)
             lines = load_lines(str(target), str(task.get("kind", "")), point.tier, measured.runtime)
             folders.write_text(
@@ -260,6 +263,27 @@ def reference_points(folder: Path, task: Any, baseline: Measurement, limit: int 
         return []
     measured = Measurement.from_json(record["measurement"])
     return [Point(name=record["name"], status="reference", measurement=measured, ratios=measured.ratios(baseline))]
+
+
+def source_points(folder: Path, recipe: Recipe, baseline: Measurement) -> list[Point]:
+    """The model that a baseline in another runtime was exported from, as it runs in torch."""
+    from leanformers.measure import Measurement
+
+    path = folder / BASELINE / SOURCE
+    if not path.is_file():
+        return []
+    measured = Measurement.from_json(json.loads(path.read_text()))
+    return [
+        Point(
+            name=f"{BASELINE} in torch",
+            status="reference",
+            recipe=recipe,
+            measurement=measured,
+            ratios=measured.ratios(baseline),
+            folder=folder / BASELINE,
+            tier=_tier_of(folder / BASELINE),
+        )
+    ]
 
 
 def _link(source: str, target: str) -> None:

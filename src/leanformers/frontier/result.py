@@ -26,8 +26,8 @@ class Point:
     status: "baseline", "reference", "frontier", "dominated", "estimated" (costs exact, quality of a short
     training on part of the validation rows) or "failed". ratios: to the baseline, the quality's above 1
     where it is better.
-    tier: "stock" or "lean", where a checkpoint was written to `folder`. reason: why it is not on the
-    frontier.
+    tier: "stock" or "lean", where a checkpoint was written to `folder`, "runtime" where an export was. reason: why it
+    is not on the frontier.
     """
 
     name: str
@@ -71,7 +71,8 @@ class Frontier:
     """The outcome of a search.
 
     points: the non-dominated ones, each with a checkpoint. trials: all others that were tried. skipped:
-    methods that were left out, with the reason. status: "complete" or "interrupted".
+    methods that were left out, with the reason. status: "complete" or "interrupted". runtime: where the search
+    measured, and the baseline that ratios are to.
     """
 
     folder: Path
@@ -89,6 +90,7 @@ class Frontier:
     seconds: float
     created: str
     environment: Mapping[str, Any]
+    runtime: str = "torch"
 
     @property
     def best(self) -> Point | None:
@@ -113,6 +115,7 @@ class Frontier:
             "seed": self.seed,
             "seconds": self.seconds,
             "created": self.created,
+            "runtime": self.runtime,
             "best": self.best.name if self.best is not None else None,
             "baseline": self.baseline.to_json(self.folder),
             "references": [point.to_json(self.folder) for point in self.references],

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from leanformers import folders
 from leanformers.errors import LeanError
 from leanformers.execute import task_of
 from leanformers.frontier.bench import BASELINE, Workbench, check_steps
-from leanformers.frontier.conclude import points_of, reference_points, write, write_points
+from leanformers.frontier.conclude import points_of, reference_points, source_points, write, write_points
 from leanformers.frontier.deployed import not_exported
 from leanformers.frontier.goals import Goal, objectives, parse_all, relative
 from leanformers.frontier.result import FILE, Frontier
 from leanformers.frontier.search import Effort, Search
 from leanformers.frontier.space import Space
+from leanformers.frontier.venue import Venue
 from leanformers.methods import Budget, MethodInfo, Subject, get, methods
 from leanformers.recipe import DTYPES, Recipe, name_of, spec_of
 
@@ -75,9 +77,11 @@ def slim(
         tune: "auto" fine-tunes a model whose head is new; True always, False never, or settings of fine-tune.
         estimate: training examples of an estimate (0: none), or a Budget. validation: rows that estimates are
             compared on. test: rows of the last measurement, None for all.
-        batch_size: of the timing. runtime: where the points are measured in the end: "torch", other names of
-            `leanformers.runtimes`, "auto" for torch and what else is installed that needs no compiler, "all" for
-            everything here. A point in another runtime is an exported folder.
+        batch_size: of the timing. runtime: names of `leanformers.runtimes`. The first that runs in this process
+            (torch, torch-compile …) is where the search measures; where all named run exported folders, the first of
+            them is: baseline, estimates and points are then measured as they are served, and ratios and goals are to
+            the unslimmed model there. The points are measured in the others in the end. "auto": torch, and in the end
+            what else is installed that needs no compiler; "all": torch, and everything here.
         dtype: of the weights as loaded, "auto" being the checkpoint's own.
         device: None takes CUDA where there is one. stock: keep to models that transformers loads alone.
         progress: say on stderr what happens.
@@ -104,7 +108,7 @@ def slim(
     folder = Path(out) if out is not None else Path("runs") / _default_name(recipe, the_task)
     say = _teller(progress)
     with folders.guarding_disk(folder):
-        created = _open_run(folder, recipe, the_task, steps, model)
+        created = _open_run(folder, recipe, the_task, steps, model, first)
         bench = Workbench(
             folder,
             model,
@@ -123,13 +127,19 @@ def slim(
             progress=progress,
             trust_remote_code=trust_remote_code,
         )
+        fit = partial(suited, infos, venue=bench.venue, explicit=methods is not None, stock=stock)
+        bench.check = fit
         if not (folder / BASELINE / "measurement.json").is_file():
-            say("baseline: the model as it is, fine-tuned where its head is new")
+            where = f", exported for {first}" if bench.venue.exports else ""
+            say(f"baseline: the model as it is, fine-tuned where its head is new{where}")
         baseline = bench.baseline()
-        say(f"baseline: {the_task.metric} {baseline.quality:.4g}, {baseline.parameters:,} parameters")
-        references = reference_points(folder, the_task, baseline, test, seed)
-        chosen, skipped = suited(infos, bench, explicit=methods is not None, stock=stock)
-        space = Space(list(chosen.values()), multiple=width_multiple(others))
+        sources = source_points(folder, bench.recipe, baseline)
+        told = f"{the_task.metric} {baseline.quality:.4g}"
+        told += "".join(f" in {first}, {p.measurement.quality:.4g} in torch" for p in sources if p.measurement)
+        say(f"baseline: {told}, {baseline.parameters:,} parameters")
+        references = [*reference_points(folder, the_task, baseline, test, seed), *sources]
+        chosen, skipped = fit(bench.subject)
+        space = Space(list(chosen.values()), multiple=width_multiple([first, *others]))
         asked = [relative(goal, baseline.quality, the_task.better) for goal in wanted]
         floors = [goal.value for goal in asked if goal.metric == "quality" and goal.relative]
         bench.quality_goal = max(floors, default=None)
@@ -182,16 +192,17 @@ def _conclude(
             seconds=time.monotonic() - start + float(before.get("seconds") or 0.0),
             created=created,
             environment=environment(),
+            runtime=bench.venue.runtime,
         )
         write(frontier)
     return frontier
 
 
-def _open_run(folder: Path, recipe: Recipe, task: Any, tune: Any, model: Any) -> str:
+def _open_run(folder: Path, recipe: Recipe, task: Any, tune: Any, model: Any, runtime: str) -> str:
     """Make the run folder or go on in it; returns when it was made (ISO 8601).
 
     Raises:
-        LeanError: the folder holds something else, or the search of another model, task or seed.
+        LeanError: the folder holds something else, or the search of another model, task or seed, or in another runtime.
     """
     folders.check_output(folder, _is_run, "a run of leanformers slim")
     ours = {
@@ -202,6 +213,7 @@ def _open_run(folder: Path, recipe: Recipe, task: Any, tune: Any, model: Any) ->
         "dtype": recipe.dtype,
         "tune": tune,
         "weights": _weights(model),
+        "runtime": runtime,
     }
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     (folder / "locks").mkdir(parents=True, exist_ok=True)
@@ -210,12 +222,24 @@ def _open_run(folder: Path, recipe: Recipe, task: Any, tune: Any, model: Any) ->
             folders.write_json(folder / RUN, {**ours, "task_name": task.name, "created": now})
             return now
         theirs = json.loads((folder / RUN).read_text())
+    theirs.setdefault("runtime", _runtime_of(folder) or runtime)
     for name, value in ours.items():
+        if name == "runtime" and theirs[name] != value:
+            raise LeanError(
+                f"{folder} holds a search that measures in {theirs[name]}, not in {value}: go on with --runtime "
+                f"{theirs[name]} (other runtimes may follow it), or choose another --out"
+            )
         if theirs.get(name) != value:
             shown = (theirs.get("task_name"), task.name) if name == "task" else (theirs.get(name), value)
             other = "with other data or settings" if shown[0] == shown[1] else f"{shown[0]!r}, not {shown[1]!r}"
             raise LeanError(f"{folder} holds a search whose {name} is {other}: choose another --out")
     return str(theirs["created"])
+
+
+def _runtime_of(folder: Path) -> str | None:
+    """Where a run measures that was made before runs wrote it down; None while it has measured nothing."""
+    path = folder / BASELINE / "measurement.json"
+    return json.loads(path.read_text()).get("runtime") if path.is_file() else None
 
 
 def _weights(model: Any) -> str | None:
@@ -242,20 +266,22 @@ def _chosen(names: Sequence[str] | None) -> dict[str, MethodInfo]:
 
 
 def suited(
-    infos: Mapping[str, MethodInfo], bench: Workbench, *, explicit: bool, stock: bool = False
+    infos: Mapping[str, MethodInfo], subject: Subject, venue: Venue, *, explicit: bool, stock: bool = False
 ) -> tuple[dict[str, MethodInfo], dict[str, str]]:
-    """Methods that suit the baseline and the task, and why the others do not.
+    """Methods that suit the baseline, its task and where it runs, and why the others do not.
 
     Raises:
         LeanError: one that was asked for by name does not suit, or none does.
     """
     from leanformers.anatomy import Anatomy
+    from leanformers.surgery.edit import lost_by_export
 
-    anatomy = Anatomy.of(bench.model)
-    subject = Subject(model=bench.model, tokenizer=bench.tokenizer, task=bench.task, teacher=bench.teacher)
+    anatomy = Anatomy.of(subject.model)
     found, skipped = {}, {}
     for slug, info in infos.items():
-        reason = info.missing(subject) or info.unsuitable(anatomy, bench.task)
+        reason = info.missing(subject) or info.unsuitable(anatomy, subject.task)
+        if reason is None and venue.exports and (lost := lost_by_export(info.edits)):
+            reason = f"method '{slug}' does not suit {venue.runtime}: {lost}"
         if reason is None and stock and not info.stock:
             reason = f"method '{slug}' leaves a model that transformers cannot load alone, and --stock asks for one"
         if reason is None and not explicit and info.stage != "prepare" and not info.starts():
@@ -291,6 +317,8 @@ def _count(name: str, value: Any, least: int) -> int:
 def runtimes_of(wanted: str | Sequence[str], task: Any) -> tuple[str, list[str]]:
     """What `runtime=` means for a task: where the search itself measures, and where its points are tried besides.
 
+    The first name that runs in this process, or, where there is none, the first.
+
     Raises:
         LeanError: an unknown runtime, or one that is not installed.
     """
@@ -300,11 +328,13 @@ def runtimes_of(wanted: str | Sequence[str], task: Any) -> tuple[str, list[str]]
     if wanted in ("auto", "all"):
         here = [name for name in available() if name in DEPLOYED and (wanted == "all" or name != "torch-aot")]
         return "torch", [name for name in here if name.startswith("llama.cpp") <= (task.kind == "causal-lm")]
-    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    names = list(dict.fromkeys([wanted] if isinstance(wanted, str) else wanted))
+    if not names:
+        raise LeanError("there is no runtime to measure in: name one, such as torch")
     for name in names:
         check(name)
-    first = next((name for name in names if name not in DEPLOYED), "torch")
-    return first, [name for name in names if name in DEPLOYED]
+    first = next((name for name in names if name not in DEPLOYED), names[0])
+    return first, [name for name in names if name in DEPLOYED and name != first]
 
 
 def _device() -> str:

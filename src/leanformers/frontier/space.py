@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from leanformers.methods import Choice, MethodInfo, place
+from leanformers.methods import Choice, MethodInfo, get, place
 
 NONE = "none"
 Steps = list[dict[str, Any]]
@@ -145,7 +145,8 @@ class Space:
 
 def trained_prefix(infos: Mapping[str, MethodInfo], steps: Sequence[Mapping[str, Any]]) -> int:
     """How many leading steps end in the last one that trains; 0 if none does."""
-    return max((i + 1 for i, step in enumerate(steps) if infos[step["method"]].trains), default=0)
+    known = (infos.get(step["method"]) or get(step["method"]) for step in steps)  # a run may hold others' recipes
+    return max((i + 1 for i, info in enumerate(known) if info.trains), default=0)
 
 
 def name_of(steps: Sequence[Mapping[str, Any]], key: str) -> str:

@@ -5,7 +5,8 @@ Source: Lean Attention (Sanovar et al., 2024, arXiv 2405.10480). Softmax attenti
 all tiles are numbered through (heads outermost, then sequences, then tiles), and each of a fixed number of programs
 takes an equal run of them, across the borders of sequences and heads (stream-K). What one run holds of an output that
 others share is merged in ascending order. The query heads of a KV head are the rows of one tile, so that keys and
-values are read once.
+values are read once. Where all sequences are of one length and each output's keys can be cut into as many pieces as it
+has programs, the cuts fall on the borders (`even_splits`): no program then starts anew in the middle of its run.
 
 Two schedules of practice stand beside it in the same kernels, as baselines: ``fixed-split`` cuts every context into
 the same number of pieces (FlashDecoding, by its 85% rule), ``whole`` gives each output to one program.
@@ -181,6 +182,16 @@ def fixed_splits(outputs: int, slots: int, tiles: int) -> int:
     return next(index + 1 for index, share in enumerate(efficiency) if share >= 0.85 * best)
 
 
+def even_splits(outputs: int, slots: int, tiles: int) -> int:
+    """Pieces of every context, all of one length, that fill the slots but for a fifth at most; 0 where none do.
+
+    A program that crosses into the next output drains and fills its pipeline once more, which costs more than a few
+    idle slots where memory is what limits.
+    """
+    each = slots // outputs
+    return min(each, tiles) if each * outputs >= 0.8 * slots else 0
+
+
 def decode_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -227,16 +238,20 @@ def _run(
     tuning: Tuning | None = None,
     programs: int | None = None,
 ) -> torch.Tensor:
-    if (refused := refusal(query, key, value)) is not None:
+    if (refused := refusal(query, key, value, spans)) is not None:
         raise LeanError(refused)
     from leanformers.kernels.decode_triton import launch
 
     tuning = choose(query.shape[-1], query.dtype) if tuning is None else tuning
     processors = multiprocessors(query.device)
+    slots = programs or processors * tuning.resident
+    outputs, tiles = query.shape[0] * key.shape[1], max(1, -(-key.shape[2] // tuning.tile))
     splits = 1 if schedule == "whole" else 0
     if schedule == "fixed-split":
-        splits = fixed_splits(query.shape[0] * key.shape[1], programs or processors, -(-key.shape[2] // tuning.tile))
-    return launch(query, key, value, spans, scaling, tuning, programs or processors * tuning.resident, splits)
+        splits = fixed_splits(outputs, programs or processors, tiles)
+    elif schedule == "stream-k" and spans is None and programs is None:
+        splits = even_splits(outputs, slots, tiles)
+    return launch(query, key, value, spans, scaling, tuning, slots, splits)
 
 
 @torch.library.custom_op("leanformers::decode_attention", mutates_args=())
@@ -252,19 +267,29 @@ def _(query, key, value, spans, scaling):  # type: ignore[no-untyped-def]
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
-def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
+def refusal(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: torch.Tensor | None = None
+) -> str | None:
     """Why the kernel cannot attend here, in one sentence with the remedy; None where it can."""
     if (refused := refusal_of_device(query.device, query.dtype, query.shape[-1])) is not None:
         return refused
     if query.shape[2] != 1:
         return f"decode attention takes one query token, not {query.shape[2]}: use scaled_dot_product_attention."
-    if key.shape != value.shape or key.shape[-1] != query.shape[-1] or query.shape[1] % key.shape[1]:
+    same = key.shape == value.shape and (key.shape[0], key.shape[-1]) == (query.shape[0], query.shape[-1])
+    if not same or query.shape[1] % key.shape[1]:
         return (
             f"decode attention takes keys and values of one shape whose heads divide the query's, not "
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}: use scaled_dot_product_attention."
         )
     if key.dtype != query.dtype or value.dtype != query.dtype:
         return f"decode attention takes one dtype, not {query.dtype} against a cache of {key.dtype}: cast one of them."
+    if spans is not None:
+        right = spans.dtype == torch.int32 and spans.shape == (query.shape[0], 2) and spans.is_contiguous()
+        if not right or spans.device != query.device:
+            return (
+                f"decode attention takes spans as contiguous int32 [{query.shape[0]}, 2] on {query.device}, not "
+                f"{spans.dtype} {list(spans.shape)} on {spans.device}: call .int().contiguous() and move them there."
+            )
     if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
         return "decode attention takes tensors whose last stride is 1: call .contiguous() on them."
     if torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value)):

@@ -235,17 +235,18 @@ def launch(
         "H": size,
         "BN": tuning.tile,
     }
-    _partials[(grid,)](
-        query, key, value, out, spans, scratch, scratch_m, scratch_l,
-        query.stride(0), query.stride(1), key.stride(0), key.stride(1), key.stride(2),
-        value.stride(0), value.stride(1), value.stride(2), scaling * LOG2E, batch, heads, length, group, splits,
-        **shared, M=max(16, rows), STAGES=tuning.stages, PDL=pdl, num_warps=tuning.warps,
-    )  # fmt: skip
-    if cut:
-        _merge[(query_heads, batch)](
-            out, spans, scratch, scratch_m, scratch_l, batch, heads, length, group, grid, splits,
-            **shared, S=max(1, 4096 // size), PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+    with torch.cuda.device_of(query):  # Triton launches on the current GPU, wherever the tensors are
+        _partials[(grid,)](
+            query, key, value, out, spans, scratch, scratch_m, scratch_l,
+            query.stride(0), query.stride(1), key.stride(0), key.stride(1), key.stride(2),
+            value.stride(0), value.stride(1), value.stride(2), scaling * LOG2E, batch, heads, length, group, splits,
+            **shared, M=max(16, rows), STAGES=tuning.stages, PDL=pdl, num_warps=tuning.warps,
         )  # fmt: skip
+        if cut:
+            _merge[(query_heads, batch)](
+                out, spans, scratch, scratch_m, scratch_l, batch, heads, length, group, grid, splits,
+                **shared, S=max(1, 2048 // size), PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+            )  # fmt: skip
     return out
 
 

@@ -78,7 +78,11 @@ def varlen_attention(
         from leanformers.kernels.varlen_triton import launch
 
         tiles = tiles_for(query.shape[-1], max_length, query.dtype)
-        return launch(query, key, value, cu_seqlens, max_length, causal=causal, scaling=scaling, bias=bias, tiles=tiles)
+        cut: dict[str, Any] = {"causal": causal, "scaling": scaling, "bias": bias, "tiles": tiles}
+        if torch.compiler.is_compiling():  # which minds the device itself
+            return launch(query, key, value, cu_seqlens, max_length, **cut)
+        with torch.cuda.device_of(query):
+            return launch(query, key, value, cu_seqlens, max_length, **cut)
     if backend == "torch":
         from torch.nn.attention.varlen import varlen_attn
 

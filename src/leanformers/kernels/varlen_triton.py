@@ -49,8 +49,9 @@ def _varlen_attention_kernel(
     in_head = width < HEAD_DIM
     scale = tl.cast(scale, tl.float32)  # a compiled graph hands it over in double precision
     in_rows = rows < length
+    from_row = rows.to(tl.int64)[:, None]  # a long sequence's places do not fit into 32 bits
 
-    q_at = q_ptr + start * q_token + head * q_head + rows[:, None] * q_token + width[None, :]
+    q_at = q_ptr + start * q_token + head * q_head + from_row * q_token + width[None, :]
     if whole:
         q = tl.load(q_at, mask=in_rows[:, None], other=0.0)
     else:
@@ -68,13 +69,14 @@ def _varlen_attention_kernel(
     # Tiles that lie wholly inside need no mask: all but the last ones.
     inside = (tl.minimum(end, first) if CAUSAL else end) // KEYS * KEYS
     for low in range(0, inside, KEYS):
+        at = tl.cast(low, tl.int64)
         if whole:
-            k = tl.load(k_at + low * k_token)
+            k = tl.load(k_at + at * k_token)
         else:
-            k = tl.load(k_at + low * k_token, mask=in_head[:, None], other=0.0)
+            k = tl.load(k_at + at * k_token, mask=in_head[:, None], other=0.0)
         scores = tl.dot(q, k, input_precision=PRECISION) * scale
         if BIAS:
-            bias_at = bias_ptr + head * bias_head + rows[:, None] * bias_row + low + columns[None, :]
+            bias_at = bias_ptr + head * bias_head + from_row * bias_row + low + columns[None, :]
             scores += tl.load(bias_at, mask=in_rows[:, None], other=0.0).to(tl.float32) * 1.4426950408889634
         higher = tl.maximum(top, tl.max(scores, 1))
         shares = tl.math.exp2(scores - higher[:, None])
@@ -82,21 +84,22 @@ def _varlen_attention_kernel(
         total = total * fade + tl.sum(shares, 1)
         mixed = mixed * fade[:, None]
         if whole:
-            v = tl.load(v_at + low * v_token)
+            v = tl.load(v_at + at * v_token)
         else:
-            v = tl.load(v_at + low * v_token, mask=in_head[None, :], other=0.0)
+            v = tl.load(v_at + at * v_token, mask=in_head[None, :], other=0.0)
         mixed = tl.dot(shares.to(v.dtype), v, mixed, input_precision=PRECISION)
         top = higher
     for low in range(inside, end, KEYS):
+        at = tl.cast(low, tl.int64)
         here = low + columns
         in_keys = here < length
-        k = tl.load(k_at + low * k_token, mask=in_keys[None, :] & in_head[:, None], other=0.0)
+        k = tl.load(k_at + at * k_token, mask=in_keys[None, :] & in_head[:, None], other=0.0)
         scores = tl.dot(q, k, input_precision=PRECISION) * scale
         seen = in_keys[None, :]
         if CAUSAL:
             seen = seen & (here[None, :] <= rows[:, None])
         if BIAS:
-            bias_at = bias_ptr + head * bias_head + rows[:, None] * bias_row + here[None, :]
+            bias_at = bias_ptr + head * bias_head + from_row * bias_row + here[None, :]
             near = in_rows[:, None] & in_keys[None, :]
             scores += tl.load(bias_at, mask=near, other=0.0).to(tl.float32) * 1.4426950408889634
         scores = tl.where(seen, scores, float("-inf"))
@@ -105,12 +108,12 @@ def _varlen_attention_kernel(
         fade = tl.math.exp2(top - higher)
         total = total * fade + tl.sum(shares, 1)
         mixed = mixed * fade[:, None]
-        v = tl.load(v_at + low * v_token, mask=in_keys[:, None] & in_head[None, :], other=0.0)
+        v = tl.load(v_at + at * v_token, mask=in_keys[:, None] & in_head[None, :], other=0.0)
         mixed = tl.dot(shares.to(v.dtype), v, mixed, input_precision=PRECISION)
         top = higher
 
     mixed = mixed / total[:, None]
-    out_at = out_ptr + start * out_token + head * out_head + rows[:, None] * out_token + width[None, :]
+    out_at = out_ptr + start * out_token + head * out_head + from_row * out_token + width[None, :]
     tl.store(out_at, mixed.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & in_head[None, :])
 
 

@@ -34,7 +34,7 @@ def subject_of(source: Any, task: Any, runtime: str, folder: str | Path | None) 
         from leanformers.tasks import load
 
         place = place or _folder_of(model)
-        model, found = load(model, task)
+        model, found = load(model, task, "auto")  # as it is stored: that is what is measured
         tokenizer = tokenizer or found
     prepared = model if isinstance(model, Prepared) else None
     model = prepared.source if prepared is not None else model

@@ -24,6 +24,7 @@ edits and training; it holds no save code, no training loop and no module surger
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ NEEDS = {
     "teacher": "a teacher",
     "tokenizer": "the model's tokenizer",
     "gpu": "a GPU",
+    "torchao": "the package torchao",
 }
 
 
@@ -167,6 +169,7 @@ _REMEDIES = {
     "teacher": "run it in a recipe with a task: the model as given is then the teacher",
     "tokenizer": "load the model from a folder or a name, or pass tokenizer=…",
     "gpu": "run it on a machine with CUDA",
+    "torchao": "pip install 'leanformers[quant]'",
 }
 
 
@@ -179,6 +182,8 @@ def _meets(need: str, subject: Subject) -> bool:
         import torch
 
         return torch.cuda.is_available()
+    if need == "torchao":
+        return importlib.util.find_spec(need) is not None
     return getattr(subject, need) is not None
 
 

@@ -1,7 +1,7 @@
 """What methods that zero single weights share: which weights there are, one threshold over all, and the masks.
 
-Scores are not negative and float32. A threshold is found by bisection, so that ties are split exactly and no sorted
-copy of the pool is made.
+Scores are not negative and float32. A threshold is found by counting, so that ties are split exactly and neither the
+pool nor a sorted copy of it is held.
 """
 
 from __future__ import annotations
@@ -34,33 +34,43 @@ def prunable(anatomy: Anatomy) -> list[tuple[str, Tensor]]:
 
 def drop_smallest(score: Tensor, count: int) -> Tensor:
     """Bool mask of the scores' shape, false at the ``count`` smallest; equal ones go in order of position."""
-    order = score.flatten().argsort(stable=True)
-    mask = torch.ones(score.numel(), dtype=torch.bool, device=score.device)
-    mask[order[:count]] = False
+    if count == 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    flat = score.flatten()
+    threshold = flat.kthvalue(count).values
+    mask = flat > threshold
+    ties = (flat == threshold).nonzero()[:, 0]
+    mask[ties[count - int((flat < threshold).sum()) :]] = True
     return mask.view(score.shape)
 
 
 def global_counts(scores: Scores, total: int) -> dict[str, int]:
     """How many of the ``total`` smallest scores lie in each tensor.
 
-    ``scores()`` iterates (name, non-negative tensor) anew at each call. The threshold is found by bisection on the
-    float's bits, so that no more than one tensor's scores are held at a time; what ties at the threshold is
-    taken in the order of the tensors.
+    ``scores()`` iterates (name, non-negative tensor) anew at each call, three times in all, and one tensor's scores
+    are held at a time: the upper half of the threshold's bits comes from a histogram of upper halves, the lower half
+    from one of those that share it. What ties at the threshold is taken in the order of the tensors.
     """
-    low, high = 0, 0x7F800000  # bit patterns of non-negative float32 sort like the numbers
-    while low < high:  # the smallest bit pattern with at least `total` scores at or below it
-        middle = (low + high) // 2
-        if sum(_at_most(score, middle) for _, score in scores()) >= total:
-            high = middle
-        else:
-            low = middle + 1
-    below = {name: _at_most(score, low - 1) for name, score in scores()}
-    left = total - sum(below.values())
+    upper, before = _bin(scores, total, 0, lambda bits: bits >> 16)  # bits of non-negative floats sort like the numbers
+    lower, _ = _bin(scores, total, before, lambda bits: bits[bits >> 16 == upper] & 0xFFFF)
+    threshold = upper << 16 | lower
+    found = {name: (_at_most(score, threshold - 1), _at_most(score, threshold)) for name, score in scores()}
+    left = total - sum(below for below, _ in found.values())
     counts = {}
-    for name, score in scores():
-        ties = min(left, _at_most(score, low) - below[name]) if left > 0 else 0
-        counts[name], left = below[name] + ties, left - ties
+    for name, (below, at_most) in found.items():
+        ties = min(left, at_most - below)
+        counts[name], left = below + ties, left - ties
     return counts
+
+
+def _bin(scores: Scores, total: int, before: int, half: Callable[[Tensor], Tensor]) -> tuple[int, int]:
+    """The first value of a half at which ``total`` scores are counted, and how many are counted below it."""
+    counted = torch.zeros(1 << 16, dtype=torch.int64)
+    for _, score in scores():
+        counted += torch.bincount(half(score.view(torch.int32).flatten()), minlength=1 << 16).cpu()
+    up_to = before + counted.cumsum(0)
+    place = min(int((up_to < total).sum()), len(up_to) - 1)
+    return place, int(up_to[place - 1]) if place else before
 
 
 def _at_most(score: Tensor, bits: int) -> int:

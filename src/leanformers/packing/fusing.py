@@ -17,19 +17,24 @@ from leanformers.kernels.linear_gelu import linear_gelu
 class LinearGelu(nn.Linear):
     """gelu(x @ weight.T + bias), with the parameters of the linear whose place it takes."""
 
+    replayed: bool
+
     @classmethod
-    def of(cls, linear: nn.Linear) -> LinearGelu:
+    def of(cls, linear: nn.Linear, *, replayed: bool = False) -> LinearGelu:
         made = cls(linear.in_features, linear.out_features, device="meta")
-        made.weight, made.bias = linear.weight, linear.bias
+        made.weight, made.bias, made.replayed = linear.weight, linear.bias, replayed
         return made.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
-        return linear_gelu(x, self.weight, self.bias)
+        return linear_gelu(x, self.weight, self.bias, replayed=self.replayed)
 
 
-def fuse(anatomy: Anatomy) -> int:
-    """Fuse what can be fused in a model that is nobody else's; the number of layers where it could be."""
+def fuse(anatomy: Anatomy, *, replayed: bool = False) -> int:
+    """Fuse what can be fused in a model that is nobody else's; the number of layers where it could be.
+
+    replayed: it will run in CUDA graphs.
+    """
     fused = 0
     for layer in anatomy.layers:
         part = layer.feed_forward
@@ -41,7 +46,7 @@ def fuse(anatomy: Anatomy) -> int:
         up = getattr(parent, name)
         activations = [key for key, child in parent.named_children() if _is_gelu(child)]
         if type(up) is nn.Linear and up.bias is not None and len(activations) == 1:
-            setattr(parent, name, LinearGelu.of(up))
+            setattr(parent, name, LinearGelu.of(up, replayed=replayed))
             setattr(parent, activations[0], nn.Identity())
             fused += 1
     return fused

@@ -43,9 +43,10 @@ class Index:
     @classmethod
     def filled(cls, mask: torch.Tensor, tokens: int, max_length: int) -> Index:
         """Read a mask without waiting for the GPU: filled up to so many tokens with ones that belong to no sequence."""
-        real = mask != 0
+        real = mask if mask.dtype == torch.bool else mask != 0
         places = torch.nonzero_static(real.reshape(-1), size=tokens, fill_value=0)[:, 0]
-        edges = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).int()
+        edges = torch.zeros(len(mask) + 1, dtype=torch.int32, device=mask.device)
+        torch.cumsum(real.sum(1), 0, dtype=torch.int32, out=edges[1:])
         return cls(places=places, cu_seqlens=edges, max_length=max_length, batch=mask.shape[0], length=mask.shape[1])
 
     def of_tokens(self, tokens: int) -> Index:
@@ -69,7 +70,13 @@ class Index:
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """[1, at least tokens, ...] -> [batch, length, ...], zeros where there is padding."""
-        rest = packed.shape[2:]
-        padded = packed.new_zeros(self.batch * self.length, *rest)
-        padded.index_copy_(0, self.places, packed[0, : self.tokens])
-        return padded.view(self.batch, self.length, *rest)
+        packed = packed[0, : self.tokens]
+        padded = packed.new_zeros(self.batch * self.length, *packed.shape[1:])
+        row = packed.shape[1:].numel() * packed.element_size()
+        if packed.is_cuda and not packed.requires_grad and row % 16 == packed.storage_offset() == 0:
+            # Rows are copied number by number, so let a number be 16 bytes.
+            packed = packed.contiguous()
+            padded.view(torch.complex128).index_copy_(0, self.places, packed.view(torch.complex128))
+        else:
+            padded.index_copy_(0, self.places, packed)
+        return padded.view(self.batch, self.length, *packed.shape[1:])

@@ -8,7 +8,7 @@ but by rounding; outputs at padding are zeros.
 
 Deviations: packed and unpacked once per forward instead of once per layer; no family has code of its own, the stock
 forward runs; GELU is fused into the linear before it where that was measured to be faster, the other memory-bound steps
-by torch.compile. Cost, lengths l and T = sum of l:
+by torch.compile; query, key and value are one product in graphs. Cost, lengths l and T = sum of l:
 24 T d^2 + 4 d sum l^2 per layer instead of 24 B S d^2 + 4 B S^2 d.
 """
 
@@ -27,11 +27,12 @@ from leanformers.anatomy import Anatomy
 from leanformers.compiling import compile_dynamic
 from leanformers.errors import LeanError
 from leanformers.packing.fusing import fuse
-from leanformers.packing.graphs import MOST_TOKENS, PaddedGraphs, Row
+from leanformers.packing.graphs import PaddedGraphs, Row
 from leanformers.packing.index import Index
 from leanformers.packing.relative import lengths_as_mask, put_packed_attention
 from leanformers.packing.sharing import sharing
 from leanformers.packing.support import refusal, refusal_here
+from leanformers.packing.together import Member, join, look
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -46,11 +47,13 @@ def pack(model: M, *, compile: bool = False, graphs: bool = False) -> M:
         model: an encoder of transformers with any head, edited or not; or a module that holds just one, such as a
             `SentenceTransformer`.
         compile: fuse by torch.compile (dynamic shapes, no graph break); the first calls take up to a minute.
-        graphs: replay CUDA graphs, which saves the launches of small batches; on a CPU it changes nothing. Make edits
-            before packing: a graph goes on reading the weights that were there.
+        graphs: replay CUDA graphs, which saves the launches of small batches; on a CPU it changes nothing. Move the
+            model to the GPU and make edits before: a graph goes on reading the weights that were there, and those of
+            query, key and value are laid end to end then, the same parameters in another place. A mask that stays on
+            the CPU spares the GPU a wait for the lengths.
 
     Returns:
-        A model of the same class that shares every weight with the one given, which is left as it was.
+        A model of the same class that shares every weight with the one given, which answers as it did.
 
     Raises:
         LeanError: a model that cannot be packed; the sentence says why.
@@ -75,7 +78,9 @@ def pack(model: M, *, compile: bool = False, graphs: bool = False) -> M:
         put_packed_attention(anatomy)
     else:
         switch_on(copied, register_packed())
-    fuse(anatomy)
+    fuse(anatomy, replayed=graphs)
+    if graphs and weight.is_cuda:
+        join(anatomy)
     base.packer = Packer(anatomy, compile=compile, graphs=graphs)
     base.forward = MethodType(_like(type(base).forward), base)
     return packed
@@ -101,6 +106,12 @@ def _only_model(model: torch.nn.Module, kind: type) -> Any:
     return outer[0]
 
 
+def _some(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Weights that tell whether a model was moved: the first, the last, and those that lay with others."""
+    weights: list[torch.Tensor] = [module.weight for module in model.modules() if isinstance(module, Member)]
+    return [next(model.parameters()), *weights, list(model.parameters())[-1]]
+
+
 def _like(stock: Any) -> Any:
     """The packed forward under the stock one's signature, by which pipelines choose what they pass."""
 
@@ -120,7 +131,8 @@ class Packer:
         self._anatomy = anatomy
         self._stock = type(anatomy.base).forward
         self._names = list(inspect.signature(self._stock).parameters)[1:]
-        self._checked: tuple[torch.device, torch.dtype, int] | None = None
+        self._checked: tuple[Any, ...] | None = None
+        self._weights: list[torch.Tensor] = []
         self._compiled: Any = None
         self._graphs: PaddedGraphs | None = None
 
@@ -139,24 +151,23 @@ class Packer:
         first = padded.get("input_ids", padded.get("inputs_embeds"))
         assert first is not None
         if mask is None:
-            mask = first.new_ones(first.shape[:2], dtype=torch.bool)
-        lengths = Index.lengths(mask)
+            mask = torch.ones(first.shape[:2], dtype=torch.bool)
         if self.family.shared_position_bias and Index.holes(mask):
             raise LeanError("The mask has zeros between ones, and relative positions would change without them.")
         wanted = flags.get("output_hidden_states")
-        if wanted if wanted is not None else getattr(base.config, "output_hidden_states", False):
-            index = Index.of(mask, lengths)
-            row = self._row(base, padded, index)
-            output = self._run_stock(base, row, index.cu_seqlens, index.max_length, output_hidden_states=True)
-            output["hidden_states"] = tuple(index.unpack(states) for states in output["hidden_states"])
-        elif self.graphs and mask.is_cuda and 0 < sum(lengths) <= MOST_TOKENS:
-            if self._graphs is None:
-                self._graphs = PaddedGraphs(lambda held, index: self._run(base, self._row(base, held, index), index))
-            index, output = self._graphs(padded, mask, lengths)
+        wanted = wanted if wanted is not None else getattr(base.config, "output_hidden_states", False)
+        replayed = self._replayed(base, padded, mask) if self.graphs and first.is_cuda and not wanted else None
+        if replayed is not None:
+            index, output = replayed
             output = type(output)(**output)  # a graph's own output is there for every call
         else:
-            index = Index.of(mask, lengths)
-            output = self._run(base, self._row(base, padded, index), index)
+            index = Index.of(mask.to(first.device), Index.lengths(mask))
+            row = self._row(base, padded, index)
+            if wanted:
+                output = self._run_stock(base, row, index.cu_seqlens, index.max_length, output_hidden_states=True)
+                output["hidden_states"] = tuple(index.unpack(states) for states in output["hidden_states"])
+            else:
+                output = self._run(base, row, index)
         states = index.unpack(output["last_hidden_state"])[:, : mask.shape[1]]
         output["last_hidden_state"] = states
         if getattr(base, "pooler", None) is not None:
@@ -165,6 +176,13 @@ class Packer:
         if as_dict is None:
             as_dict = getattr(base.config, "return_dict", True)
         return output if as_dict else output.to_tuple()
+
+    def _replayed(self, base: Any, padded: Row, mask: torch.Tensor) -> tuple[Index, Any] | None:
+        if self._graphs is None:
+            self._graphs = PaddedGraphs(
+                lambda held, index: self._row(base, held, index), lambda row, index: self._run(base, row, index)
+            )
+        return self._graphs(padded, mask)
 
     def _check(self, base: Any, padded: Row, mask: Any, rest: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
         """Refuse what the packed row cannot answer."""
@@ -181,11 +199,14 @@ class Packer:
         if ("input_ids" in padded) == ("inputs_embeds" in padded):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         weight = next(base.parameters())
-        here = (weight.device, weight.dtype, weight.data_ptr())
+        if not self._weights:
+            self._weights = _some(base) if self.graphs else [weight]
+        here = (weight.device, weight.dtype, *(one.data_ptr() for one in self._weights))
         if here != self._checked:
             if (refused := refusal_here(self._anatomy, weight.device, weight.dtype)) is not None:
                 raise LeanError(refused)
             self._checked, self._graphs = here, None  # a graph reads the weights where they were
+            look(base)
 
     def _row(self, base: Any, padded: Row, index: Index) -> Row:
         """The packed row's inputs, positions and token types always among them where the model has any."""

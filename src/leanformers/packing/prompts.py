@@ -47,6 +47,8 @@ class Prompts:
                 "attention_mask belongs to a tensor of input_ids [prompts, length]: leave it out for lists."
             )
         else:
+            if any(isinstance(row, str) for row in ids):
+                raise LeanError('Prompts are token ids, not texts: give tokenizer(texts)["input_ids"].')
             rows = [torch.as_tensor(row, dtype=torch.int64).reshape(-1) for row in ids]
             lengths = [len(row) for row in rows]
             tokens = torch.cat(rows).to(device) if rows else torch.empty(0, dtype=torch.int64)

@@ -17,6 +17,8 @@ import torch
 from leanformers.anatomy import Anatomy
 from leanformers.kernels import varlen_attention
 
+_BUCKETS = 32  # whatever the config says: MPNet passes on no other number
+
 
 def lengths_as_mask(cu_seqlens: torch.Tensor, max_length: int) -> torch.Tensor:
     """[1, 1, max_length, sequences + 1], a view."""
@@ -43,8 +45,10 @@ def _encode(
 ) -> Any:
     from transformers.modeling_outputs import BaseModelOutput
 
-    longest = hidden_states.new_empty(1, attention_mask.shape[2])
-    bias = self.compute_position_bias(longest)[0]  # [heads, max_length, max_length]
+    # As MPNet computes it, but on its own device from the start: a CUDA graph takes nothing from elsewhere.
+    places = torch.arange(attention_mask.shape[2], device=hidden_states.device)
+    buckets = self.relative_position_bucket(places[None] - places[:, None], num_buckets=_BUCKETS)
+    bias = self.relative_attention_bias(buckets).permute(2, 0, 1).contiguous()  # [heads, max_length, max_length]
     seen = [hidden_states]
     for layer in self.layer:
         seen.append(layer(seen[-1], attention_mask, bias)[0])
@@ -56,6 +60,7 @@ def _attend(
 ) -> tuple[torch.Tensor]:
     """[1, tokens, hidden_size] -> the same."""
     split = (-1, self.attention_head_size)
-    q, k, v = (project(hidden_states[0]).unflatten(-1, split) for project in (self.q, self.k, self.v))
+    states = hidden_states[0]
+    q, k, v = (project(states).unflatten(-1, split) for project in (self.q, self.k, self.v))
     mixed = varlen_attention(q, k, v, attention_mask[0, 0, 0], attention_mask.shape[2], bias=position_bias)
     return (self.o(mixed.flatten(1))[None],)

@@ -26,14 +26,10 @@ def refusal(model: Any) -> str | None:
         return f"{name} has an encoder and a decoder, and packing is for encoders alone: {PADDED}."
     if anatomy.causal or getattr(anatomy.config, "is_decoder", False):
         return f"{name} is causal, and packing is for encoders: leanformers.prepack(model) packs its prompts."
-    if any(attention.positions for layer in anatomy.layers for attention in layer.attentions()):
-        return f"{name} scores positions within its attention, which packed attention does not: {PADDED}."
-    mixer = next((a.path for layer in anatomy.layers for a in layer.attentions() if a.mixer is not None), None)
-    if mixer is not None:
-        return f"The attention at {mixer!r} holds a mixer, which takes no packed sequences: {PADDED}."
-    if anatomy.family.shared_position_bias and anatomy.family.name != "mpnet":
-        return f"{name} adds relative positions to its scores, which packing knows of MPNet only: {PADDED}."
-    if anatomy.family.name != "mpnet" and not model._can_set_attn_implementation():
+    mpnet = anatomy.family.name == "mpnet"  # whose bias packing adds, through attention of its own (`relative`)
+    if (more := anatomy.more_than_softmax(*(("position_bias",) if mpnet else ()))) is not None:
+        return f"{name} {more}, which packed attention does not know: {PADDED}."
+    if not mpnet and not anatomy.swappable_attention:
         return f"{name} computes its attention itself, so packed attention cannot take its place: {PADDED}."
     if getattr(anatomy.config, "chunk_size_feed_forward", 0):
         return f"{name} cuts its feed-forward into chunks: set chunk_size_feed_forward to 0 to pack it."
@@ -67,21 +63,14 @@ def refusal_to_prefill(model: Any) -> str | None:
     attentions = [attention for layer in anatomy.layers for attention in layer.attentions()]
     if any(attention.cross for attention in attentions):
         return f"{name} attends to an encoder, which packed prompts do not: {PADDED}."
-    mixer = next((attention.path for attention in attentions if attention.mixer is not None), None)
-    if mixer is not None:
-        return f"The attention at {mixer!r} holds a mixer, which takes no packed prompts: {PADDED}."
     lazy = any(getattr(layer.module, "pruner", None) is not None for layer in anatomy.layers)
     if lazy or any(getattr(attention.module, "kept_tokens", None) is not None for attention in attentions):
         return f"{name} drops tokens as it reads, and packed prompts keep theirs: {PADDED}."
-    if any(attention.positions for attention in attentions) or anatomy.family.shared_position_bias:
-        return f"{name} scores positions within its attention, which packed attention does not: {PADDED}."
-    if getattr(anatomy.config, "attn_logit_softcapping", None) is not None:
-        return f"{name} caps its attention scores, which packed attention does not: {PADDED}."
-    if any(getattr(attention.module, "sinks", None) is not None for attention in attentions):
-        return f"{name} has attention sinks, which packed attention does not know: {PADDED}."
+    if (more := anatomy.more_than_softmax("window")) is not None:  # windows count by the prompts' lengths
+        return f"{name} {more}, which packed attention does not know: {PADDED}."
     if getattr(anatomy.config, "use_bidirectional_attention", False):
         return f"{name} looks both ways in its prompts, which packed prompts do not: {PADDED}."
-    if not model._can_set_attn_implementation():
+    if not anatomy.swappable_attention:
         return f"{name} computes its attention itself, so packed attention cannot take its place: {PADDED}."
     return None
 

@@ -113,10 +113,13 @@ def watched(anatomy: Anatomy) -> Iterator[list[Watcher]]:
     """Inside, every forward pass of the model adds to the layers' ACC; afterwards the model is as it was.
 
     Raises:
-        LeanError: the model computes its attention itself.
+        LeanError: the model computes its attention itself, or more than a watcher does.
     """
-    if not anatomy.model._can_set_attn_implementation():
-        raise LeanError(f"{type(anatomy.model).__name__} computes its attention itself, where no one can watch it.")
+    name = type(anatomy.model).__name__
+    if not anatomy.swappable_attention:
+        raise LeanError(f"{name} computes its attention itself, where no one can watch it.")
+    if (more := anatomy.more_than_softmax("position_bias")) is not None:
+        raise LeanError(f"{name} {more}, so what its tokens receive is not watched: it takes plain attention.")
     before = switch_on(anatomy.model)
     watchers = [Watcher() for _ in anatomy.layers]
     try:

@@ -21,6 +21,7 @@ from leanformers.parts.token_rules import (
     Rule,
     at_least,
     at_most,
+    first_of,
     lowest,
     numbers,
     open_size,
@@ -117,17 +118,17 @@ class PageRank(Rule):
             front = torch.arange(length, device=start.device) < self.specials
             size = float(length) if alive is None else alive.sum(-1)[:, None, None, None].to(start.dtype)
             start = torch.where(front, start * size**0.5, start)
-        share: Any = 1.0
-        if alive is not None:
-            living = alive.to(start.dtype)[:, None, None]  # [batch, 1, 1, length]
+        living = None if alive is None else alive.to(start.dtype)[:, None, None]  # [batch, 1, 1, length]
+        share: Tensor | None = None
+        if living is not None:
             start = start * living
             if renormalise:
                 share = living / (probabilities @ living.transpose(-1, -2)).transpose(-1, -2).clamp(min=1e-20)
         s = (start / start.sum(-1, keepdim=True)).expand(batch, heads, 1, length)
-        for _ in range(votes):
-            s = (s * share) @ probabilities
-            if alive is not None:
-                s = s * living
+        for _ in range(votes):  # what the dropped receive is 0 again at the next vote's share
+            s = (s if share is None else s * share) @ probabilities
+        if living is not None:
+            s = s * living
         return (s / s.sum(-1, keepdim=True)).squeeze(2)
 
     def copies(self, place: int, found: Tensor, key: Tensor, real: Tensor | None) -> Tensor:
@@ -142,7 +143,7 @@ class PageRank(Rule):
         half = open_size(most // 2)  # what is not there is masked
         size: Any = most if real is None else free.sum(-1, keepdim=True)  # [batch, 1]
         order = ranked(lowest(free, found))
-        better = ranked(lowest(free, found), open_size(most - most // 2))
+        better = first_of(order, open_size(most - most // 2))
         place_of = torch.arange(half, device=found.device)
         worse = order.gather(1, (size - 1 - place_of).expand(batch, -1).clamp(min=0))  # the least important first
         features = functional.normalize(key.transpose(1, 2).flatten(2).float(), dim=-1)  # [batch, length, width]

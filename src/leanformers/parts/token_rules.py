@@ -127,7 +127,10 @@ def ranked(scores: Tensor, size: int | None = None) -> Tensor:
     """The first ``size`` places (None: all) in falling order of their scores [batch, length]; of equal ones the first
     comes first. More than there are: the last one again."""
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    if size is None:
-        return order
+    return order if size is None else first_of(order, size)
+
+
+def first_of(order: Tensor, size: int) -> Tensor:
+    """The first ``size`` columns of places [batch, length]; beyond the end the last one again."""
     # A slice would have an export settle whether it is the whole.
     return order.index_select(1, torch.arange(size, device=order.device).clamp(max=order.shape[1] - 1))

@@ -11,6 +11,7 @@ Input is the plain mapping that a run keeps as `frontier.json` (JSON types only)
     skipped       {method: why it was left out}, optional
     status        "complete" | "interrupted" | "running"
     seed, seconds, created (ISO 8601), command: optional
+    runtime       str       optional: where the search measured, and the baseline that ratios are to
     best          str|None  name of the point to take: the one that meets the goals best
     baseline      Point     the model as it is (or tuned, where the task needs it)
     references    [Point]   what one would try first, e.g. TF-IDF with logistic regression

@@ -224,16 +224,22 @@ def headline(data: Mapping[str, Any]) -> str:
     """In a sentence or two: how much was tried, and what came of it."""
     points = data.get("points", ())
     winners = [point for point in points if point.get("status") == "frontier"]
-    recipes = sum(point.get("tier") != "runtime" for point in points)  # the others are the same in another runtime
+    names = {str(point["name"]).partition("@")[0] for point in points}  # NAME@RUNTIME is NAME in another runtime
+    recipes = len(names - {str(data["baseline"]["name"])})
     tried = f"{recipes} recipe{'s' if recipes != 1 else ''} tried"
+    if data["baseline"].get("tier") == "runtime":
+        tried += f" as {runtime_of(data['baseline'])} runs them"
     if data.get("seconds"):
         tried += f" in {seconds(data['seconds'])}"
     told = f"{tried}; none beats the model as it is."
     if winners:
         verb = "is" if len(winners) == 1 else "are"
         told = f"{tried}; {len(winners)} {verb} beaten by no other on all measures at once."
+    if not recipes:
+        spent = f" ({seconds(data['seconds'])} went into the baseline)" if data.get("seconds") else ""
+        told = f"No recipe has been tried yet{spent}: the same command goes on from here."
     for point in data.get("references", ()):
-        if (point.get("ratios") or {}).get("quality", 0) > 1:
+        if not point.get("recipe") and (point.get("ratios") or {}).get("quality", 0) > 1:
             told += f" But {point['name']} does better than the model itself: is a transformer needed here?"
     return told
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from leanformers.errors import LeanError
+from leanformers.errors import Enough, LeanError
 from leanformers.runtimes.base import Batch, Runnable
 from leanformers.runtimes.torch import device_of
 
@@ -34,26 +34,21 @@ class Call:
         return {name: value for name, value in self.kwargs.items() if isinstance(value, torch.Tensor)}
 
 
-class _Stopped(Exception):
-    def __init__(self, call: Call) -> None:
-        super().__init__()
-        self.call = call
-
-
 class _Probe:
     """Poses as a model for a task's forward, and stops it where it calls."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, calls: list[Call]) -> None:
+        self._model, self._calls = model, calls
         self.device = device_of(model)
         self.config = getattr(model, "config", None)
 
     @property
     def base_model(self) -> _Probe:
-        return _Probe(self._model.base_model)
+        return _Probe(self._model.base_model, self._calls)
 
     def __call__(self, **kwargs: Any) -> Any:
-        raise _Stopped(Call(self._model, kwargs))
+        self._calls.append(Call(self._model, kwargs))
+        raise Enough
 
 
 def call_of(task: Runnable, model: Any, batch: Batch) -> Call:
@@ -62,10 +57,11 @@ def call_of(task: Runnable, model: Any, batch: Batch) -> Call:
     Raises:
         LeanError: the task calls neither the model nor its base model.
     """
+    calls: list[Call] = []
     try:
-        task.forward(_Probe(model), batch)
-    except _Stopped as stopped:
-        return stopped.call
+        task.forward(_Probe(model, calls), batch)
+    except Enough:
+        return calls[0]
     except (AttributeError, TypeError) as error:
         raise LeanError(
             f"The task does more with a model than call it once ({error}), so it has no one graph."

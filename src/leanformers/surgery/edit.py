@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -113,6 +113,11 @@ def edit_types() -> Iterator[str]:
 def exportable_types() -> Iterator[str]:
     """Of them, those that an exported model goes on doing."""
     yield from (name for name in edit_types() if _REGISTRY[name].lost_by_export is None)
+
+
+def lost_by_export(types: Iterable[str]) -> str | None:
+    """What an exported model with edits of these types no longer does, in one sentence; None if it does all."""
+    return next((told for name in types if (told := _REGISTRY[name].lost_by_export) is not None), None)
 
 
 # -- helpers that edits share ----------------------------------------------------------------------------------

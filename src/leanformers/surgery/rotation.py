@@ -8,7 +8,7 @@ as the sliced model makes it. Each weight is folded, turned and rounded once, in
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from leanformers.surgery.stream import Stream, put
 from leanformers.surgery.tying import tied_names, untie
 
 Sublayer = Attention | FeedForward
+_ROWS = 8192  # of a table or a head at a time in float64
 
 
 def steps(anatomy: Anatomy) -> Iterator[tuple[Layer, list[tuple[Norm, Sublayer]]]]:
@@ -55,7 +56,7 @@ def refuse(anatomy: Anatomy) -> None:
 
 
 def _reason(anatomy: Anatomy) -> str | None:
-    if anatomy.rotated:
+    if anatomy.residual.rotated:
         return "it already is; slice once, to the size that is wanted"
     if len(anatomy.family.stacks) > 1:
         return f"{anatomy.family.name} has an encoder and a decoder, whose streams start or meet in ways of their own"
@@ -71,12 +72,12 @@ def _reason(anatomy: Anatomy) -> str | None:
             return f"no norm stands before the {bare[0]} of {layer.path}"
     if len(anatomy.final_norms) != 1:
         return "it has no norm after its last layer"
-    if anatomy.is_text and anatomy.inputs:
-        return f"{next(iter(anatomy.inputs))} stands between the embeddings and the stream"
-    for one in [*anatomy.reads, *anatomy.writes, *anatomy.outputs.values()]:
+    if anatomy.is_text and anatomy.residual.inputs:
+        return f"{next(iter(anatomy.residual.inputs))} stands between the embeddings and the stream"
+    for one in [*anatomy.residual.reads, *anatomy.residual.writes, *anatomy.residual.outputs.values()]:
         if not is_dense(one.module) or isinstance(one.module, MaskedLinear):
             return f"{one.path} is a {type(one.module).__name__}; rotate before other edits on linears"
-    if not anatomy.outputs and not on_meta(anatomy.layers[0].module):
+    if not anatomy.residual.outputs and not on_meta(anatomy.layers[0].module):
         return "it has no head that reads the stream, so its last norm has nowhere to leave its gain; load it with one"
     return None
 
@@ -96,7 +97,7 @@ def rotate(anatomy: Anatomy, size: int, rotations: Iterable[Tensor] | None) -> N
     """
     stream, width = Stream.of(anatomy, size), anatomy.hidden_size
     drawn = iter(rotations) if rotations is not None else itertools.repeat(torch.empty(width, size, device="meta"))
-    final, heads = anatomy.final_norms[0], list(anatomy.outputs.values())
+    final, heads = anatomy.final_norms[0], list(anatomy.residual.outputs.values())
     _untie(anatomy)
     basis = _next(drawn, width, size)
     for module in stream.convolutions.values():
@@ -105,13 +106,13 @@ def rotate(anatomy: Anatomy, size: int, rotations: Iterable[Tensor] | None) -> N
             setattr(module, name, _like(parameter, data.movedim(-1, 0)))
         module.out_channels = size
     tables = {
-        id(table): _like(table, centred(table.data.double(), final) @ basis.to(table.device))
+        id(table): _like(table, _by_rows(table.data, lambda rows: centred(rows, final) @ basis.to(rows.device)))
         for table in stream.tables.values()
     }
     put(anatomy.model, tables)
     for layer, group in list(steps(anatomy)):
         for norm, _ in group:
-            part = _leave_gain(anatomy, norm, anatomy.readers(norm), basis)
+            part = _leave_gain(anatomy, norm, anatomy.residual.readers(norm), basis)
         out = _next(drawn, width, size)
         for norm, sublayer in group:
             _turn_writer(writer(sublayer).module, out, norm)
@@ -119,7 +120,7 @@ def rotate(anatomy: Anatomy, size: int, rotations: Iterable[Tensor] | None) -> N
         part.carrier = Carrier()
         wrapped = ShortcutLinear(end.module, size, part.carrier)
         if not on_meta(wrapped):
-            change = basis.t() @ out - torch.eye(size, dtype=basis.dtype, device=basis.device)
+            change = basis.t().to(out.device) @ out - torch.eye(size, dtype=out.dtype, device=out.device)
             wrapped.shortcut.weight.copy_(change.t())
         replace(anatomy, end.path, wrapped)
         _silence(layer.module)
@@ -133,8 +134,8 @@ def cost(anatomy: Anatomy, size: int) -> Cost:
     stream = Stream.of(anatomy, size)
     parameters = -size * sum(1 for norm in stream.norms for _ in norm.parameters(recurse=False))
     places = list(steps(anatomy))
-    served = [(norm, anatomy.readers(norm)) for _, group in places for norm, _ in group]
-    served.append((anatomy.final_norms[0], list(anatomy.outputs.values())))
+    served = [(norm, anatomy.residual.readers(norm)) for _, group in places for norm, _ in group]
+    served.append((anatomy.final_norms[0], list(anatomy.residual.outputs.values())))
     for norm, readers in served:
         if getattr(norm.module, "bias", None) is not None:
             parameters += sum(len(m.weight) for m in _modules(readers) if m.bias is None)
@@ -162,16 +163,16 @@ def _modules(readers: Sequence[Projection]) -> list[Any]:
 
 def _leave_gain(anatomy: Anatomy, norm: Norm, readers: Sequence[Projection], basis: Tensor) -> RotatedNorm:
     """Put a norm without gain in place; gain, bias and the basis go into the linears that read it."""
-    gain, shift = anatomy.gain(norm).detach().double(), getattr(norm.module, "bias", None)
+    gain, shift = anatomy.residual.gain(norm).detach().double(), getattr(norm.module, "bias", None)
     for module in _modules(readers):
         weight = _matrix(module)  # [out, hidden_size]
         if shift is not None:
-            bias = weight @ shift.detach().double().to(weight.device)
+            bias = weight.double() @ shift.detach().double().to(weight.device)
             if module.bias is None:
                 module.bias = _like(module.weight, bias)
             else:
                 module.bias = _like(module.bias, module.bias.data.double() + bias)
-        _set_matrix(module, weight * gain.to(weight.device) @ basis.to(weight.device))
+        _set_matrix(module, _by_rows(weight, lambda rows: rows * gain.to(rows.device) @ basis.to(rows.device)))
     eps = _eps(norm.module)
     assert eps is not None
     part = RotatedNorm.like(norm.module, len(basis), eps)
@@ -180,15 +181,20 @@ def _leave_gain(anatomy: Anatomy, norm: Norm, readers: Sequence[Projection], bas
 
 
 def _turn_writer(module: Any, basis: Tensor, norm: Norm) -> None:
-    weight = _matrix(module)  # [hidden_size, in]
+    weight = _matrix(module).double()  # [hidden_size, in]
     _set_matrix(module, (centred(weight.t(), norm) @ basis.to(weight.device)).t())
     if module.bias is not None:
         module.bias = _like(module.bias, centred(module.bias.data.double(), norm) @ basis.to(weight.device))
 
 
 def _matrix(module: Any) -> Tensor:
-    weight: Tensor = module.weight.data.double()
+    weight: Tensor = module.weight.data
     return weight.t() if is_conv1d(module) else weight
+
+
+def _by_rows(weight: Tensor, turn: Callable[[Tensor], Tensor]) -> Tensor:
+    """``turn`` of the rows in float64, some at a time: a whole table or head so might be larger than all the layers."""
+    return torch.cat([turn(rows.double()).to(weight.dtype) for rows in weight.split(_ROWS)])
 
 
 def _set_matrix(module: Any, weight: Tensor) -> None:

@@ -42,27 +42,27 @@ def scale_residual(anatomy: Anatomy, factors: Tensor) -> None:
     The start is the norm of the embeddings where there is one, else every table and linear that writes it. A
     language-model head tied to the table reads the stream through the final norm, which then undoes the factors.
     """
-    for writer in anatomy.writes:
+    for writer in anatomy.residual.writes:
         scale_linear(writer.module, 0, factors)
     start = starting_norm(anatomy)
     if start is not None:
         _scale_norm(anatomy, start, factors)
         return
-    for module in anatomy.inputs.values():
+    for module in anatomy.residual.inputs.values():
         scale_linear(module, 0, factors)
-    for table in anatomy.tables.values():
+    for table in anatomy.residual.tables.values():
         table.copy_(table.float() * factors.to(table.device, torch.float32))
     if tied_to_stream(anatomy):
         for norm in anatomy.final_norms:
             _scale_norm(anatomy, norm, 1 / factors)
-        for output in anatomy.outputs.values():
+        for output in anatomy.residual.outputs.values():
             if output.module is not anatomy.head:
                 scale_linear(output.module, 1, factors)
 
 
 def curved_start(anatomy: Anatomy) -> str | None:
     """Why no factors can be folded into the start of the stream, None where they can."""
-    if anatomy.family.name == "whisper" and anatomy.inputs:
+    if anatomy.family.name == "whisper" and anatomy.residual.inputs:
         return "its stream starts with the GELU of a convolution"
     return None
 
@@ -76,7 +76,7 @@ def starting_norm(anatomy: Anatomy) -> Norm | None:
 def tied_to_stream(anatomy: Anatomy) -> bool:
     """Whether the language-model head is one of the tables that write to the stream."""
     weight = getattr(anatomy.head, "weight", None)
-    return any(weight is table for table in anatomy.tables.values())
+    return any(weight is table for table in anatomy.residual.tables.values())
 
 
 def _scale_norm(anatomy: Anatomy, norm: Norm, factors: Tensor) -> None:

@@ -49,17 +49,17 @@ class Stream:
         """
         _check(anatomy, size)
         width = anatomy.hidden_size
-        outputs = {name: one.module for name, one in anatomy.outputs.items()}
+        outputs = {name: one.module for name, one in anatomy.residual.outputs.items()}
         transforms = _transforms(anatomy, outputs)
-        readers = {one.path: one.module for one in anatomy.reads} | outputs
-        writers = {one.path: one.module for one in anatomy.writes} | transforms
-        writers |= {path: module for path, module in anatomy.inputs.items() if is_linear(module)}
-        convolutions = {path: module for path, module in anatomy.inputs.items() if not is_linear(module)}
+        readers = {one.path: one.module for one in anatomy.residual.reads} | outputs
+        writers = {one.path: one.module for one in anatomy.residual.writes} | transforms
+        writers |= {path: module for path, module in anatomy.residual.inputs.items() if is_linear(module)}
+        convolutions = {path: module for path, module in anatomy.residual.inputs.items() if not is_linear(module)}
         modules = {id(norm.module): norm.module for norm in anatomy.norms}
         if transforms:
             modules |= {id(module): module for module in _outside(anatomy) if isinstance(module, nn.LayerNorm)}
         norms = [m for m in modules.values() if any(p.shape == (width,) for p in m.parameters(recurse=False))]
-        return cls(anatomy, width, size, readers, writers, convolutions, anatomy.tables, norms)
+        return cls(anatomy, width, size, readers, writers, convolutions, anatomy.residual.tables, norms)
 
     # -- cutting -----------------------------------------------------------------------------------------
 
@@ -86,7 +86,7 @@ class Stream:
 
     def rename(self) -> None:
         """Tell modules and config of the new width."""
-        tables = set(map(id, self.anatomy.tables.values()))  # of the new width by now
+        tables = set(map(id, self.anatomy.residual.tables.values()))  # of the new width by now
         for module in self.anatomy.model.modules():
             if isinstance(module, nn.Embedding) and id(module.weight) not in tables:
                 continue
@@ -158,7 +158,7 @@ def _check(anatomy: Anatomy, size: int) -> None:
             f"The embeddings of {name} are a {type(anatomy.embeddings).__name__}: slice the residual stream before "
             "other edits on them."
         )
-    if part := anatomy.fixed_width:
+    if part := anatomy.residual.fixed_width:
         raise LeanError(
             f"{part} of {name} works on the whole width of the residual stream in a way that no slice can follow: "
             "slice a model without it."

@@ -46,9 +46,9 @@ class UnitCosts:
                 counted = self._of_layer(row, layer)
                 row[_CONSTANT] += count_parameters(layer.module) - counted  # norms of heads, mixers, shortcuts
         if embeddings and measure == "parameters":
-            ends: list[nn.Parameter] = [*anatomy.tables.values()]
-            ends += [p for module in anatomy.inputs.values() for p in module.parameters()]
-            ends += [part.module.weight for part in anatomy.outputs.values()]
+            ends: list[nn.Parameter] = [*anatomy.residual.tables.values()]
+            ends += [p for module in anatomy.residual.inputs.values() for p in module.parameters()]
+            ends += [part.module.weight for part in anatomy.residual.outputs.values()]
             unique = {id(parameter): parameter.numel() for parameter in ends}
             self.terms[0, _HIDDEN] += sum(unique.values()) / self.hidden_size
         self.whole = float(self(*map(torch.tensor, (self.hidden_size, self.heads, self.neurons))))

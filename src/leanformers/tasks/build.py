@@ -133,7 +133,9 @@ def _columns(
 def _require(table: Table, column: str, field: str) -> None:
     if column not in table.columns:
         shown = ", ".join(table.columns) or "none"
-        raise LeanError(f"{table.name} has no column {column!r} for {field}; its columns are {shown}.")
+        other = next((sign for sign in ";\t|" if len(table.columns) == 1 and sign in shown), None)
+        hint = f" If {other!r} separates them, pass delimiter={other!r} (--delimiter)." if other else ""
+        raise LeanError(f"{table.name} has no column {column!r} for {field}; its columns are {shown}.{hint}")
 
 
 def _rows(table: Table, columns: dict[str, str], drop_empty: bool) -> list[Row]:

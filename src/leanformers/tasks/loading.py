@@ -122,12 +122,18 @@ def _tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise LeanError(
             f"{path} has no tokenizer that can be read ({_sentence(error)}); save one there, or pass the "
             "pair (model, tokenizer)."
         ) from error
+    # Where no file of a tokenizer lies, transformers makes one of the config's type that knows no word.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise LeanError(
+            f"{path} has no tokenizer, or one without words; save one there, or pass the pair (model, tokenizer)."
+        )
+    return tokenizer
 
 
 def _auto(config: PretrainedConfig, task: Task | None) -> Any:
@@ -142,9 +148,15 @@ def _auto(config: PretrainedConfig, task: Task | None) -> Any:
 def _weights(auto: Any, path: str, wanted: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
     from safetensors import SafetensorError
 
+    pickled = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in sorted(Path(path).glob(pattern))]
+    if pickled and not any(Path(path).glob("*.safetensors")):
+        raise LeanError(
+            f"{path} holds its weights as a pickle ({pickled[0]}), which can run code: load it with transformers where "
+            "you trust it, and give the folder that model.save_pretrained writes."
+        )
     try:
         with quiet():  # missing and mismatched tensors are looked at in _check_weights
-            return auto.from_pretrained(path, output_loading_info=True, **wanted)
+            return auto.from_pretrained(path, output_loading_info=True, use_safetensors=True, **wanted)
     except LeanError:
         raise
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:

@@ -84,7 +84,8 @@ def _file(path: Path, encoding: str | None, delimiter: str | None) -> Table:
         return _parquet(path)
     text = _decode(path, encoding or "utf-8-sig")
     if suffix in (".csv", ".tsv"):
-        return _csv(path, text, delimiter or ("\t" if suffix == ".tsv" else ","))
+        given = "\t" if delimiter == "\\t" else delimiter  # as a shell hands it over
+        return _csv(path, text, given or ("\t" if suffix == ".tsv" else ","))
     return _json(path, text, lines=suffix != ".json")
 
 

@@ -19,16 +19,13 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from leanformers.anatomy import Anatomy
-from leanformers.errors import LeanError
+from leanformers.errors import Enough, LeanError
 from leanformers.training import losses
 from leanformers.training.errors import TrainingDiverged
 from leanformers.training.progress import bar
 
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
-
-class Enough(Exception):
-    """All that was asked for has been seen: the rest of a forward pass need not run."""
+_FAR = -1e30  # before a softmax: a share of 0, and still a number
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +140,7 @@ class Blocks:
                 f"The attention mask has the shape {list(mask.shape)} and the blocks of {self.model} see "
                 f"{list(hidden_states.shape[:2])}: give inputs of one length, without padding."
             )
-        return mask.bool()
+        return mask.bool().to(hidden_states.device)
 
 
 def _taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -170,8 +167,10 @@ def kl_dim0(student: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
 
     A batch of one sequence has nothing to compare: its loss is 0.
     """
-    log_student = functional.log_softmax(student.float(), 0)
-    log_target = functional.log_softmax(target.float(), 0)
+    states = [student.float(), target.float()]
+    if mask is not None:  # padding is no sequence to compare with
+        states = [each.masked_fill(~mask[..., None], _FAR) for each in states]
+    log_student, log_target = (functional.log_softmax(each, 0) for each in states)
     terms = log_target.exp() * (log_target - log_student)
     return (terms if mask is None else terms * mask[..., None]).sum() / len(student)
 
@@ -237,12 +236,13 @@ def reconstruct(
             for index in torch.randperm(len(inputs), generator=generator).tolist():
                 mask = masks[index] if masks is not None else None
                 output = forward(index, inputs[index].to(device, non_blocking=True))
-                value = LOSSES[loss](output, targets[index].to(device), None if mask is None else mask.to(device))
+                at = output.device  # that of the last block
+                value = LOSSES[loss](output, targets[index].to(at), None if mask is None else mask.to(at))
                 optimiser.zero_grad()
                 value.backward()
                 optimiser.step()
                 schedule.step()
-                total += value.detach()
+                total += value.detach().to(device)
                 advance(1, note=f"loss {history[-1]:.3g}" if history else "")
             history.append(float(total) / len(inputs))
             if not math.isfinite(history[-1]):

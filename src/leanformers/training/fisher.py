@@ -143,7 +143,7 @@ def stream_gradients(
             def taken(parameter: Tensor, name: str = name) -> None:
                 gradient, parameter.grad = parameter.grad, None
                 assert gradient is not None
-                finite.logical_and_(gradient.isfinite().all())
+                finite.logical_and_(gradient.isfinite().all().to(finite.device))
                 take(name, gradient)
 
             stack.callback(weight.register_post_accumulate_grad_hook(taken).remove)

@@ -47,13 +47,13 @@ class Injection:
         own = _weight(self.linear)
         weight = own + self.b @ self.a if self.b.numel() else own  # float32 from here on
         for c, d, source in zip(self.c, self.d, self.sources, strict=True):
-            weight = weight + (c @ d) * _weight(source)
+            weight = weight + (c @ d) * _weight(source).to(own.device)
         weight = weight.to(own.dtype)
         tensors = {"weight": weight.t() if is_conv1d(self.linear) else weight}
         if self.linear.bias is not None:
             bias = self.linear.bias.detach()
             for vector, source in zip(self.bias, self.sources, strict=True):
-                bias = bias + vector * source.bias.detach()
+                bias = bias + vector * source.bias.detach().to(bias.device)
             tensors["bias"] = bias.to(self.linear.bias.dtype)
         return tensors
 

@@ -74,7 +74,7 @@ class Objective(nn.Module):
             loss = hard * term if loss is None else loss + hard * term
         assert loss is not None
         if self.penalty is not None:  # its micro-batches' shares make one
-            loss = loss + self.penalty() * (len(batch[INDEX]) / counts["rows"])
+            loss = loss + self.penalty().to(loss.device) * (len(batch[INDEX]) / counts["rows"])
         return loss
 
     def _label_loss(self, outputs: Tensor, batch: dict[str, Any], counts: dict[str, float]) -> Tensor:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanformers.errors import LeanError
-from leanformers.training.blockwise import Blocks, Enough, Start
+from leanformers.errors import Enough, LeanError
+from leanformers.training.blockwise import Blocks, Start
 
 
 @dataclass(eq=False)
@@ -36,7 +36,7 @@ class Held:
 
     def tokens(self, states: Tensor) -> Tensor:
         """The rows of [batch, length, width] that are no padding: [tokens, width]."""
-        return states.flatten(0, 1) if self.real is None else states[self.real]
+        return states.flatten(0, 1) if self.real is None else states[self.real.to(states.device)]
 
     def watch(self, index: int, inputs: Sequence[nn.Module] = (), outputs: Sequence[nn.Module] = ()) -> list[Tensor]:
         """What goes into and comes out of modules of block ``index``, which is run no further than needed.

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from leanformers.anatomy import Anatomy, Attention, is_dense, is_linear
+from leanformers.errors import LeanError
 from leanformers.methods.base import Choice, Range, Subject, method, setting
 from leanformers.methods.switches import LowerLayers, Switch, Switches
 from leanformers.parts.linear import LowRankLinear
@@ -63,9 +64,10 @@ class AxFormer:
             return "it decides on validation rows, and the task has none; split some off its training rows"
         if anatomy.reduces_tokens:
             return "it drops tokens in its layers; reduce tokens last"
-        if self.k is not None and not anatomy.model._can_set_attn_implementation():
+        more = anatomy.more_than_softmax("position_bias", "window", "mixer")
+        if self.k is not None and (more is not None or not anatomy.swappable_attention):
             return "its attention cannot be exchanged for top-k attention; set k to null"
-        if anatomy.rotated:
+        if anatomy.residual.rotated:
             return "its residual stream changes its basis at each sub-layer, so none can go; remove parts before that"
         for path, projection in anatomy.linears().items() if self.inspect else ():
             for part in projection.module.modules():
@@ -104,6 +106,12 @@ class Search:
         """Both parts, inside ``hooked``."""
         self.base = self.losses(0)
         self.lowest = float(self.base.mean())
+        if not self.base.isfinite().all():
+            bad = int((~self.base.isfinite()).sum())
+            raise LeanError(
+                f"method 'axformer': the model's loss is not finite on {bad} of {len(self.base)} validation rows, so "
+                "nothing could be compared with it: load the model in float32 or bfloat16."
+            )
         if len(self.base) < _FEW:
             _log.warning("axformer decides on %d validation rows; give it %d or more.", len(self.base), _FEW)
         count = range(len(self.switches.layers))

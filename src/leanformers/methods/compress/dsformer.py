@@ -70,7 +70,9 @@ class DSFormer:
         before = bits = 0
         whole = sum(8 * p.numel() * p.element_size() for p in subject.model.parameters())
         parts: list[DenseSparseLinear] = []
-        for path, weight in self._weights(subject.anatomy).items():
+        weights = self._weights(subject.anatomy)
+        for path in list(weights):
+            weight = weights.pop(path)  # so that it can be freed when its factors are there
             rank = self._rank(weight)
             factors = factorise(weight, self.width, rank, self.nonzeros, iterations=self.iterations)
             before += 8 * weight.numel() * weight.element_size()

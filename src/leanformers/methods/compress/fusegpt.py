@@ -175,7 +175,7 @@ class Fusion:
                 tokens += real[..., 0].numel()
                 prefix = start.hidden_states
                 for place, block in enumerate(self.alive):
-                    without = self._through(self.alive[place + 1 :], prefix, start)
+                    without = self._through(self.alive[place + 1 :], prefix, start).to(whole.device)
                     without = without.float() if mask is None else without[mask].float()
                     total[block] += float(torch.cosine_similarity(real, without, dim=-1).double().sum())
                     prefix = self._through([block], prefix, start)

@@ -21,7 +21,7 @@ from leanformers.parts import LowRankLinear
 from leanformers.surgery import QuantiseEmbeddings, QuantiseLinear
 
 
-@method("quantization", stock=False, stage="quantise", paper="torchao 0.18")
+@method("quantization", stock=False, stage="quantise", needs=("torchao",), paper="torchao 0.18")
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
     """Store the linears of the layers in int8, and the embeddings if asked."""

@@ -148,7 +148,7 @@ def _after(anatomy: Anatomy, one: Held, index: int, group: list[tuple[Any, Subla
     """
     before = anatomy.module(group[0][0].path)
     stream, *added = one.watch(index, inputs=[before], outputs=[writer(part).module for _, part in group])
-    signal = stream.float() @ basis.t().float()
+    signal = stream.float() @ basis.t().to(stream.device, torch.float32)
     for (norm, _), output in zip(group, added, strict=True):
         signal += centred(output.float(), norm)
     return signal.view(*one.states.shape[:2], -1)  # OPT's feed-forward sees the batch's tokens in one row

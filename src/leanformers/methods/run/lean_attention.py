@@ -32,20 +32,14 @@ class LeanAttention:
         subject.notes["attention"] = f"{DECODE}; not stored with the weights, apply lean-attention again after loading"
 
     def refuses(self, anatomy: Anatomy, task: Any) -> str | None:
-        config, attentions = anatomy.config, [a for layer in anatomy.layers for a in layer.attentions()]
+        attentions = (attention for layer in anatomy.layers for attention in layer.attentions())
         decoding = [attention for attention in attentions if attention.causal or attention.cross]
         if not decoding:
             return "it does not decode, and only decoding attends with one query token"
-        if not anatomy.model._can_set_attn_implementation():
+        if (more := anatomy.more_than_softmax("window")) is not None:  # a window is one run of keys
+            return f"it {more}"
+        if not anatomy.swappable_attention:
             return "it computes its attention itself"
-        if any(attention.mixer is not None for attention in attentions):
-            return "its attention holds a mixer"
-        if any(attention.positions for attention in attentions) or anatomy.family.shared_position_bias:
-            return "it adds a bias of positions to its attention scores"
-        if getattr(config, "attn_logit_softcapping", None) is not None:
-            return "it caps its attention scores"
-        if any(getattr(attention.module, "sinks", None) is not None for attention in decoding):
-            return "it has attention sinks"
         weight = next(parameter for parameter in anatomy.model.parameters() if parameter.is_floating_point())
         for size in sorted({attention.head_dim for attention in decoding}):
             if (refused := refusal_of_device(weight.device, weight.dtype, size)) is not None:

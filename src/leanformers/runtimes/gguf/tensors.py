@@ -80,7 +80,7 @@ def entries(graph: Graph) -> Iterator[Entry]:
         yield Entry(name="rope_freqs.weight", shape=tuple(factors.shape), make=lambda: factors)
     for index, layer in enumerate(anatomy.layers):
         yield from _layer(graph, layer, f"blk.{index}", graph.heads[index])
-    yield _vector("output_norm.weight", anatomy.gain(anatomy.final_norms[0]))
+    yield _vector("output_norm.weight", anatomy.residual.gain(anatomy.final_norms[0]))
     if isinstance(head, TiedQuantisedHead) or anatomy.tied:
         if scale != 1:  # the head has the table as it was
             yield Entry(name="output.weight", shape=shape, make=lambda: matrix(table))
@@ -113,7 +113,7 @@ def _layer(graph: Graph, layer: Layer, name: str, heads: int) -> Iterator[Entry]
         if heads or norm.reads != "attention":
             vector = names[norm.place, norm.reads]
             missing = [other for other in missing if other != vector]
-            yield _vector(f"{name}.{vector}.weight", anatomy.gain(norm))
+            yield _vector(f"{name}.{vector}.weight", anatomy.residual.gain(norm))
     for vector in missing:  # it went with its sub-layer, whose stand-in of zeros does not mind
         yield _vector(f"{name}.{vector}.weight", torch.ones(anatomy.hidden_size))
     if heads and not attention.num_attention_heads:

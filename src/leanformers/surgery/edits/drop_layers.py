@@ -42,7 +42,7 @@ class DropLayers(Edit):
         return next(iter(anatomy.stacks))
 
     def _check(self, anatomy: Anatomy) -> str:
-        anatomy.check_droppable()
+        anatomy.residual.check_droppable()
         stack = self._stack(anatomy)
         anatomy.stack_paths(stack)
         count = len(anatomy.stacks[stack])

@@ -27,7 +27,7 @@ class DropSublayers(Edit):
     sublayers: tuple[str, ...]
 
     def _layer(self, anatomy: Anatomy) -> Layer:
-        anatomy.check_droppable()
+        anatomy.residual.check_droppable()
         layer = next((layer for layer in anatomy.layers if layer.path == self.path), None)
         if layer is None:
             raise LeanError(f"No layer at {self.path!r}: the first one is at {anatomy.layers[0].path!r}.")

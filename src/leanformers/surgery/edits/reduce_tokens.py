@@ -108,17 +108,16 @@ def _hook(module: Any, place: reducers.Place, *, after: Any, before: Any = None)
 
 def refusal(anatomy: Anatomy) -> str | None:
     """Why a model cannot do with fewer tokens in its later layers, in one sentence; None where it can."""
-    model: Any = anatomy.model
-    name = type(model).__name__
+    name = type(anatomy.model).__name__
     if anatomy.causal or len(anatomy.stacks) > 1 or "decoder" in anatomy.stacks:
         return f"{name} decodes, and a dropped token's answer would be missing: reduce the tokens of an encoder."
     if not anatomy.reads_one_vector:
         return f"{name} answers for every token, and those that are dropped would have no answer: leave them all."
-    if anatomy.family.shared_position_bias or any(layer.attention.positions for layer in anatomy.layers):
-        return f"{name} scores positions within its attention, which would have to be dropped with the tokens."
+    if (more := anatomy.more_than_softmax("mixer")) is not None:  # whose layers it leaves alone
+        return f"{name} {more}, which would have to follow the tokens that stay."
     if not anatomy.family.summary_tokens:
         return f"{name} has no token of its own that stands for the whole input, so all its tokens are needed."
-    if not model._can_set_attn_implementation():
+    if not anatomy.swappable_attention:
         return f"{name} does not hand its attention to transformers' attention interface, so no mixer takes its place."
     if anatomy.reduces_tokens:
         return f"{name} drops tokens already: reduce them once, with one schedule."

@@ -53,7 +53,7 @@ class SliceResidual(Edit):
         if self.rotated:
             rotation.refuse(anatomy)
             return rotation.cost(anatomy, self.size)
-        if anatomy.rotated:
+        if anatomy.residual.rotated:
             raise LeanError(f"The residual stream of {type(anatomy.model).__name__} is rotated: slice it only once.")
         return Stream.of(anatomy, self.size).cost()
 

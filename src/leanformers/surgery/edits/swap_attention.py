@@ -36,7 +36,9 @@ class SwapAttention(Edit):
             raise LeanError(f"There is no mixer {self.mixer!r} for {self.path}: choose one of {', '.join(MIXERS)}.")
         if getattr(attention.mixer, "reduces_tokens", False):
             raise LeanError(f"The attention at {self.path} chooses tokens to drop: swap it before reduce_tokens.")
-        if not anatomy.model._can_set_attn_implementation():
+        if (more := anatomy.more_than_softmax("position_bias", "window", "mixer")) is not None:
+            raise LeanError(f"{type(anatomy.model).__name__} {more}, which no mixer does: leave {self.path} as it is.")
+        if not anatomy.swappable_attention:
             raise LeanError(
                 f"{type(anatomy.model).__name__} does not hand its attention to transformers' attention interface, "
                 f"so no mixer can take its place at {self.path}."
