@@ -239,7 +239,7 @@ def main() -> None:
             if name == "smollm2":
                 source = subject("smollm2", "docstrings-lm", dtype=torch.float32)
             elif given.base is not None:
-                source = subject(str(given.base), "sentiment")
+                source = copied(subject(str(given.base), "sentiment"))  # as loaded its weights lie in a mapped file
             else:
                 source = treat(subject("minilm", "sentiment"), {"method": "fine-tune", "epochs": 2.0})
             rows = table(source, given.rows, given.seconds)
