@@ -144,7 +144,7 @@ def part(folder: Path, arm: str, seed: int, given: argparse.Namespace) -> None:
         seed=seed,
         say=lambda text: print(text, flush=True),
     )
-    starts = search.space.starts()[: max(5, given.trials // 3)]  # as explore takes them: the same for every seed
+    starts = search.starts()  # the same for every seed
     share = seed * len(starts) // len(SEEDS)
     for steps in [*starts[share:], *starts[:share]]:  # so the searches of an arm divide them, and do not queue
         with suppress(Exception, KeyboardInterrupt):  # what is wrong is told when it is a trial

@@ -60,7 +60,8 @@ def repeated(mask: torch.Tensor) -> Callable[..., torch.Tensor]:
 
 
 def ours(device: str) -> dict[str, Callable[..., torch.Tensor]]:
-    from leanformers.kernels.decode import choose, decode_attention, multiprocessors
+    from leanformers.kernels.decode import choose, decode_attention
+    from leanformers.kernels.processors import multiprocessors
 
     slots = multiprocessors(torch.device(device, 0) if device == "cuda" else torch.device(device))
     tuning = choose(SIZE, torch.bfloat16)

@@ -76,6 +76,12 @@ def teacher_of(subject: Subject, folder: Path | None = None) -> Any:
     return Teacher(copy.deepcopy(subject.model).eval(), subject.task, subject.tokenizer, folder=folder)
 
 
+def apart(model: Any, source: Any) -> Any:
+    """The model that was loaded from a source, or a copy of it where it is the caller's own."""
+    given = source[0] if isinstance(source, tuple) else source
+    return copy.deepcopy(model) if model is given else model
+
+
 def check_device(device: Any) -> None:
     """Raise a LeanError unless torch can put a model on the device here; None is where the model is."""
     import torch

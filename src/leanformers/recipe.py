@@ -15,7 +15,6 @@ leading steps that prepare it for the task.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -28,6 +27,7 @@ from typing import Any
 
 from leanformers.errors import LeanError
 from leanformers.execute import (
+    apart,
     attach_reference,
     check_device,
     execute,
@@ -149,6 +149,12 @@ class Recipe:
 
     def save(self, path: str | Path) -> None:
         write_text(Path(path), self.to_yaml())
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise a LeanError unless `dtype` is one of `DTYPES`."""
+    if dtype not in DTYPES:
+        raise LeanError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
 
 
 def check_seed(seed: Any) -> None:
@@ -313,8 +319,8 @@ def _run(
         raise LeanError("the recipe names no model: add the field 'model', or give one (model=, --model)")
     seed_everything(seed)  # a new head starts from random numbers
     loaded, old_tokenizer = load_model(source, the_task, tokenizer, recipe.dtype)
-    if copy_model and loaded is (source[0] if isinstance(source, tuple) else source):
-        loaded = copy.deepcopy(loaded)
+    if copy_model:
+        loaded = apart(loaded, source)
     if device is not None:
         loaded = loaded.to(device)
     attach_reference(the_task, loaded, old_tokenizer)

@@ -173,11 +173,11 @@ def _dtype(given: str | None) -> str:
     Raises:
         LeanError: there is no such type of weights.
     """
-    from leanformers.recipe import DTYPES
+    from leanformers.recipe import check_dtype
 
-    if given is not None and given not in DTYPES:
-        raise LeanError(f"dtype is one of {', '.join(DTYPES)}, not {given!r}")
-    return given or "auto"
+    dtype = "auto" if given is None else given
+    check_dtype(dtype)
+    return dtype
 
 
 def run_measure_packed(

@@ -14,6 +14,7 @@ from leanformers.errors import LeanError
 from leanformers.execute import load_model, task_of
 from leanformers.runtimes import Prepared
 from leanformers.surgery import ledger
+from leanformers.surgery.edit import lost_by_export
 
 if TYPE_CHECKING:
     from leanformers.measure import Measurement
@@ -128,7 +129,7 @@ def _exportable(model: Any) -> Any:
     if model.device.type != "cpu":
         model = copy.deepcopy(model).to("cpu")
     model.eval()
-    if lost := next((edit.lost_by_export for edit in ledger(model) if edit.lost_by_export is not None), None):
+    if lost := lost_by_export(edit.type for edit in ledger(model)):
         raise LeanError(f"{lost} Export the model that it was made of.")
     return model
 

@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from leanformers import folders
 from leanformers.errors import LeanError
-from leanformers.execute import attach_reference, execute, load_model, save_checkpoint, seed_everything
+from leanformers.execute import apart, attach_reference, execute, load_model, save_checkpoint, seed_everything
 from leanformers.execute import write_provenance as provenance
 from leanformers.frontier.deployed import bounded, deployed, exported, named
 from leanformers.frontier.space import Steps, name_of, trained_prefix
@@ -148,9 +148,7 @@ class Workbench:
         tune = self.tune
         if tune is None:
             tune = [{"method": "fine-tune"}] if has_new_head(model) else []
-        if model is self.source or (isinstance(self.source, tuple) and model is self.source[0]):
-            model = copy.deepcopy(model)
-        subject = self._subject(model.to(self.device), tokenizer)
+        subject = self._subject(apart(model, self.source).to(self.device), tokenizer)
         if tune:
             self.check(replace(subject, teacher=subject.model))  # the baseline becomes the teacher
             self.venue.check((subject.model, tokenizer))

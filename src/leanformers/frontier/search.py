@@ -84,10 +84,13 @@ class Search:
         return 54 * self.effort.minutes - (time.monotonic() - self.start)
 
     # -- estimates -----------------------------------------------------------------------------------------
+    def starts(self) -> list[Steps]:
+        """The recipes that are estimated first, whatever the seed."""
+        return self.space.starts()[: max(5, self.effort.trials // 3)]
+
     def explore(self) -> None:
         """Estimate recipes until enough were tried, at most two fifths of the time that is left."""
-        starts = self.space.starts()[: max(5, self.effort.trials // 3)]
-        self.store.enqueue(starts)
+        self.store.enqueue(self.starts())
         left = self.seconds_left
         until = None if left is None else time.monotonic() + 0.4 * left
         while until is None or time.monotonic() < until:

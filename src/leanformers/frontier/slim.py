@@ -25,7 +25,7 @@ from leanformers.frontier.search import Effort, Search
 from leanformers.frontier.space import Space
 from leanformers.frontier.venue import Venue
 from leanformers.methods import Budget, MethodInfo, Subject, get, methods
-from leanformers.recipe import DTYPES, Recipe, name_of, spec_of
+from leanformers.recipe import Recipe, check_dtype, name_of, spec_of
 
 RUN = "run.json"
 _VERSION = 1
@@ -100,8 +100,7 @@ def slim(
     effort = _effort(trials, finalists, points, minutes)
     budget = estimate if isinstance(estimate, Budget) else Budget(examples=_count("estimate", estimate, 0))
     steps = check_steps(tune)
-    if dtype not in DTYPES:
-        raise LeanError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
+    check_dtype(dtype)
     infos = _chosen(methods)
     first, others = runtimes_of(runtime, the_task)
     recipe = Recipe(model=name_of(model), task=spec_of(task), dtype=dtype, seed=seed)

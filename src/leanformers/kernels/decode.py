@@ -21,12 +21,12 @@ import importlib.util
 import math
 import os
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
 
 from leanformers.errors import LeanError
+from leanformers.kernels.processors import multiprocessors
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -312,9 +312,3 @@ def refusal_of_device(device: torch.device, dtype: torch.dtype, head_dim: int) -
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"decode attention runs on a GPU, not on {device.type!r}: move the model to one, or use SDPA."
-
-
-@lru_cache
-def multiprocessors(device: torch.device) -> int:
-    """Of the GPU; a small number stands in under Triton's interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

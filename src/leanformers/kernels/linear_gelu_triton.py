@@ -7,13 +7,14 @@ stay. Imported only where Triton is used.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from leanformers.kernels.processors import multiprocessors
 
 
 class Tiles(NamedTuple):
@@ -79,7 +80,7 @@ def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, tiles: Til
     out = x.new_empty(tokens, columns)
     programs = triton.cdiv(tokens, tiles.rows) * triton.cdiv(columns, tiles.columns)
     if tiles.staying:
-        programs = min(programs, _multiprocessors(x.device))
+        programs = min(programs, multiprocessors(x.device))
     _linear_gelu_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [tiles.rows, tiles.step]),
         TensorDescriptor.from_tensor(weight, [tiles.columns, tiles.step]),
@@ -88,8 +89,3 @@ def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, tiles: Til
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out
-
-
-@lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
