@@ -15,7 +15,7 @@ from torch import nn
 
 from leanformers.runtimes.blaming import blaming
 from leanformers.runtimes.calling import dynamic_shapes
-from leanformers.runtimes.exported import exporter_class, forget_origin, owned, plain_config, undisturbed
+from leanformers.runtimes.exported import exporter_class, finished, owned, plain_config, undisturbed
 from leanformers.runtimes.hushing import hushed
 from leanformers.runtimes.quantising import unrounded
 
@@ -108,7 +108,7 @@ def export_encoder_decoder(model: Any, inputs: dict[str, torch.Tensor], form: st
             with undisturbed(module):
                 components[name] = exporter_class(form)().export(module, dict(given), settings).components["model"]
     exported = ExportedModel(components, form, config=plain_config(model), generation_config=model.generation_config)
-    return forget_origin(exported)
+    return finished(exported)
 
 
 @torch.no_grad()

@@ -18,10 +18,13 @@ from typing import Any
 import torch
 
 from leanformers.errors import LeanError
+from leanformers.runtimes import onnx_attention
 from leanformers.runtimes.base import Batch, Runnable
 from leanformers.runtimes.blaming import blaming
 from leanformers.runtimes.calling import Call, call_of, dynamic_shapes, sample_of
 from leanformers.runtimes.hushing import hushed
+from leanformers.runtimes.onnx_attention import fused_attention
+from leanformers.runtimes.openvino_int8 import keep_int8
 from leanformers.runtimes.quantising import floats, quantizer, unrounded
 
 FORMS = ("onnx", "openvino", "dynamo")
@@ -101,13 +104,14 @@ def trace(call: Call, form: str, quantize: str | None = None, calibration: list[
         without_cache(module),
         unrounded(module),
         floats(module) if quantize else contextlib.nullcontext(),
+        fused_attention(module) if form == "onnx" else contextlib.nullcontext(),
         blaming(module, form),
     ):
         if quantize:
             settings["quantizer"] = quantizer(form, calibration or [])
         exported = exporter_class(form)().export(module, sample, settings)
     exported.config = plain_config(module)
-    return forget_origin(exported)
+    return finished(exported)
 
 
 def owned(module: Any, form: str) -> Any:
@@ -131,12 +135,17 @@ def exporter_class(form: str) -> Any:
     """transformers' exporter of a form, to be instantiated where its warnings are hushed."""
     from transformers.exporters.auto import get_exporter_class
 
-    return get_exporter_class(form)
+    return onnx_attention.exporter_class() if form == "onnx" else get_exporter_class(form)
 
 
-def forget_origin(exported: Any) -> Any:
-    """Takes out of a graph where in this machine's files each node came from; runtimes have no use for it."""
+def finished(exported: Any) -> Any:
+    """The export without what its exporter does to graphs beyond need.
+
+    Where in this machine's files each node came from is taken out, and linears in int8 are put back into int8.
+    """
     for component in exported.components.values():
+        if str(exported.export_format) == "openvino":
+            keep_int8(component.program)
         graph: Any = getattr(component.program, "graph", None)
         if hasattr(graph, "all_nodes"):  # ONNX
             for node in graph.all_nodes():

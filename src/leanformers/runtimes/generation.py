@@ -16,7 +16,7 @@ import torch
 from leanformers.errors import LeanError
 from leanformers.runtimes.blaming import blaming
 from leanformers.runtimes.encoder_decoder import export_encoder_decoder, write
-from leanformers.runtimes.exported import exporter_class, forget_origin, owned, plain_config, undisturbed
+from leanformers.runtimes.exported import exporter_class, finished, owned, plain_config, undisturbed
 from leanformers.runtimes.hushing import hushed
 from leanformers.runtimes.quantising import unrounded
 
@@ -54,7 +54,7 @@ def export_generation(model: Any, tokenizer: Any, form: str) -> Any:
         _, sample = decompose_for_generation(model, inputs, multi_token_decode=True)["decode"]
         exported = exporter_class(form)().export(model, sample, {"dynamic": True})
     exported.config, exported.generation_config = plain_config(model), model.generation_config
-    return forget_origin(exported)
+    return finished(exported)
 
 
 def prompts(tokenizer: Any) -> dict[str, torch.Tensor]:
