@@ -136,3 +136,34 @@ def test_skip_leaves_roles_in_float():
     layer = subject.anatomy.layers[0]
     assert isinstance(layer.feed_forward.down.module, torch.nn.Linear)
     assert not isinstance(layer.feed_forward.up.module, torch.nn.Linear)
+
+
+@pytest.mark.parametrize("name", ["fine-tune", "lora", "distillation"])
+@pytest.mark.parametrize("make", BOTH.values(), ids=BOTH)
+def test_a_model_in_half_precision_stays_so_and_its_frozen_weights_are_never_more(name, make, tmp_path, monkeypatch):
+    from leanformers.training import Teacher
+    from leanformers.training.trainer import LeanTrainer
+
+    subject = make()
+    subject.model.bfloat16()
+    subject.teacher = Teacher(copy.deepcopy(subject.model), subject.task, subject.tokenizer)
+    before = {n: (p.data_ptr(), p.detach().clone()) for n, p in subject.model.named_parameters()}
+    seen, train = [], LeanTrainer.train
+
+    def look(trainer, **options):
+        seen.extend((p.requires_grad, p.dtype) for p in trainer.objective.model.parameters())
+        return train(trainer, **options)
+
+    monkeypatch.setattr(LeanTrainer, "train", look)
+    get(name).build({"epochs": 1, "learning_rate": 1e-2})(subject)
+    assert {dtype for trained, dtype in seen if trained} == {torch.float32}
+    assert {dtype for trained, dtype in seen if not trained} <= {torch.bfloat16}
+    after = dict(subject.model.named_parameters())
+    assert after.keys() == before.keys() and {p.dtype for p in after.values()} == {torch.bfloat16}
+    moved = {n for n, p in after.items() if not torch.equal(p, before[n][1])}
+    assert moved
+    if name == "lora":
+        assert all("query" in n or "value" in n or "q_proj" in n or "v_proj" in n or "classifier" in n for n in moved)
+        assert all(after[n].data_ptr() == before[n][0] for n in after if "classifier" not in n)
+    subject.model.save_pretrained(tmp_path)
+    assert type(subject.model).from_pretrained(tmp_path).dtype == torch.bfloat16

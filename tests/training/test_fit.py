@@ -172,6 +172,49 @@ def test_half_precision_weights_are_trained_in_float32(
     assert same(half, whole.bfloat16())
 
 
+class Look:
+    """Which types the weights have while they train, by whether they do."""
+
+    def __init__(self, stop: bool = False) -> None:
+        self.seen: set[tuple[bool, torch.dtype]] = set()
+        self.stop = stop
+
+    def after_step(self, model: Any, step: int, total: int) -> None:
+        self.seen |= {(p.requires_grad, p.dtype) for p in model.parameters()}
+        if self.stop:
+            raise KeyboardInterrupt
+
+
+def test_frozen_halves_stay_halves_while_the_others_train(
+    bert: Callable[..., Any], sentiment: Callable[..., Any], tokenizer: Any
+) -> None:
+    """Nor are they copied; what is learnt is what float32 throughout would learn, to bfloat16's rounding."""
+    options: dict[str, Any] = {"epochs": 9, "learning_rate": 5e-3, "freeze": ("embeddings",), "progress": False}
+    whole, half, look = bert().bfloat16().float(), bert().bfloat16(), Look()
+    table = half.get_input_embeddings().weight
+    place = table.data_ptr()
+    loss = fit(half, sentiment(), tokenizer, **options, callbacks=[look]).loss
+    assert look.seen == {(False, torch.bfloat16), (True, torch.float32)} and table.data_ptr() == place
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and all(p.requires_grad for p in half.parameters())
+    assert loss == pytest.approx(fit(whole, sentiment(), tokenizer, **options).loss, rel=0.1)
+    precise = Look()
+    fit(half, sentiment(), tokenizer, **options | {"epochs": 1}, bf16=False, callbacks=[precise])
+    assert {dtype for _, dtype in precise.seen} == {torch.float32}
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_an_interrupted_training_leaves_the_type_of_the_weights(
+    bert: Callable[..., Any], sentiment: Callable[..., Any], tokenizer: Any
+) -> None:
+    for freeze in ((), ("embeddings",), ("bert.encoder.layer.0",)):
+        model = bert().half()
+        fit(model, sentiment(), tokenizer, freeze=freeze, max_steps=1, progress=False)
+        assert {p.dtype for p in model.parameters()} == {torch.float16}
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, sentiment(), tokenizer, freeze=freeze, progress=False, callbacks=[Look(stop=True)])
+        assert {p.dtype for p in model.parameters()} == {torch.float16} and not model.training
+
+
 def test_callbacks_see_every_step(bert: Callable[..., Any], sentiment: Callable[..., Any], tokenizer: Any) -> None:
     seen: list[tuple[int, int]] = []
 

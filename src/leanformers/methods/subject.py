@@ -30,7 +30,8 @@ class Subject:
 
     A method may replace `tokenizer` (kept vocabulary) and `model` (a merged adapter). `teacher` holds the
     outputs of the model as it was before the recipe. `budget`, when set, shortens every training: a search
-    then runs the very same recipe as a cheap estimate. `notes` is kept beside the measurement.
+    then runs the very same recipe as a cheap estimate. `callbacks` are called in every training, after its own.
+    `notes` is kept beside the measurement.
     """
 
     model: Any
@@ -42,6 +43,7 @@ class Subject:
     progress: bool = False
     budget: Budget | None = None
     output_dir: Path | None = None
+    callbacks: tuple[Any, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
     trained_examples: int = 0
     trained_seconds: float = 0.0
@@ -98,18 +100,19 @@ class Subject:
         batch_size: int = 32,
         limit: int | None = None,
         augment: int = 0,
+        soup: int = 1,
         **options: Any,
     ) -> Any:
-        """Train the model on the task, within the budget. Returns training's TrainResult.
+        """Train the model on the task, within the budget. Returns training's TrainResult, of a soup the last one's.
 
         distillation: `leanformers.training.Distillation`; it needs the subject's teacher. None trains on the
         task's own loss, or on the teacher where the task has none (an embedder's texts).
         augment: altered copies of each training text (tasks.augment) that the teacher answers as well; an epoch is
         a pass over texts and copies.
+        soup: so many trainings from the same weights, each with a seed of its own, whose outcomes are averaged
+        (training.soup). Within a budget there is one.
         options go to `leanformers.training.fit` as they are (warmup, freeze, callbacks …).
         """
-        from leanformers.training import fit
-
         task = self._task("training data")
         if distillation is None and getattr(task, "needs_teacher", False):
             from leanformers.training import Distillation
@@ -117,44 +120,58 @@ class Subject:
             distillation = Distillation()
         if distillation is not None and self.teacher is None:
             raise LeanError("distillation needs a teacher: run it in a recipe, or give Subject(teacher=…)")
-        teacher = self.teacher if distillation is not None else None
-        if augment:
-            from leanformers.tasks.augment import augmented
-
-            if teacher is None:
-                raise LeanError("Altered copies of the texts have no labels: train on them by distillation.")
-            task = augmented(task, augment, mask=getattr(self.tokenizer, "mask_token", None), seed=self.seed)
-            teacher = teacher.on(task)
-        available = len(task.splits["train"]) if limit is None else min(limit, len(task.splits["train"]))
-        self.full_examples += min(round(available * epochs), batch_size * (options.get("max_steps") or 10**12))
+        if augment and distillation is None:
+            raise LeanError("Altered copies of the texts have no labels: train on them by distillation.")
+        available = len(task.splits["train"]) * (1 + augment)
+        available = available if limit is None else min(limit, available)
+        full = min(round(available * epochs), batch_size * (options.get("max_steps") or 10**12))
+        self.full_examples += soup * full
         if self.budget is not None:
             epochs = min(epochs, self.budget.epochs)
             limit = min(available, self.budget.examples)
         used = available if limit is None else min(limit, available)
         if epochs <= 0 or used == 0:
             return None
+        options |= {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "limit": limit}
+        options["callbacks"] = (*options.get("callbacks", ()), *self.callbacks)
+
+        def once(run: int) -> Any:
+            result = self._fit(self.seed + run, distillation, augment, options)
+            self.trained_examples += round(used * epochs)
+            self.trained_seconds += result.seconds
+            return result
+
+        if soup == 1 or self.budget is not None:
+            return once(0)
+        from leanformers.training.soup import averaged
+
+        return averaged(self.model, once, soup)[-1]
+
+    def _fit(self, seed: int, distillation: Any, augment: int, options: dict[str, Any]) -> Any:
+        """One training, in a folder of its own where there is one for trainings."""
+        from leanformers.training import fit
+
+        task, teacher = self.task, self.teacher if distillation is not None else None
+        if augment:
+            from leanformers.tasks.augment import augmented
+
+            task = augmented(task, augment, mask=getattr(self.tokenizer, "mask_token", None), seed=seed)
+            teacher = None if teacher is None else teacher.on(task)
         folder = None
         if self.output_dir is not None:
             folder = self.output_dir / f"train-{self.notes.get('trainings', 0)}"
         self.notes["trainings"] = self.notes.get("trainings", 0) + 1
-        result = fit(
+        return fit(
             self.model,
             task,
             self.tokenizer,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            seed=self.seed,
+            seed=seed,
             distillation=distillation,
             teacher=teacher,
-            limit=limit,
             output_dir=folder,
             progress=self.progress,
             **options,
         )
-        self.trained_examples += round(used * epochs)
-        self.trained_seconds += result.seconds
-        return result
 
     def evaluate(self, split: str = "validation", limit: int | None = None) -> dict[str, float]:
         """The task's metrics of the model as it is now."""

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from leanformers.errors import LeanError
+from leanformers.errors import Enough, LeanError
 from leanformers.training import folder, state
 from leanformers.training.callbacks import Callback, Penalty
 from leanformers.training.capture import fingerprint, plain
@@ -75,7 +75,7 @@ def fit(
     clip: float = 1.0,
     dropout: float | None = 0.0,
     freeze: Sequence[str] = (),
-    bf16: bool = False,
+    bf16: bool | None = None,
     seed: int = 0,
     split: str = "train",
     limit: int | None = None,
@@ -96,13 +96,15 @@ def fit(
         dropout: probability to train with; None for the model's own, for long trainings and from scratch.
         freeze: what is not trained: "embeddings" (the token table; tied heads with it), paths of modules, or "all"
             of the model where a penalty has parameters to train.
-        bf16: compute in bfloat16, on CUDA only. Half-precision weights are trained in float32 and cast back.
+        bf16: compute in bfloat16 (True: on CUDA only). None: on CUDA where the weights are in half precision, and
+            anywhere where some of those are frozen, as these stay as they are. Half-precision weights that train do
+            so in float32 and are cast back: the model keeps its dtype.
         limit: the first so many rows of the split.
         distillation, teacher: see Distillation; a teacher alone takes the defaults of the task's kind.
         output_dir: for checkpoints; a killed training goes on from the last one when called again with the
             same arguments, and a finished one is loaded. None leaves no files behind.
         checkpoint_seconds: between two checkpoints.
-        callbacks: objects with after_step(model, step, total).
+        callbacks: objects with after_step(model, step, total); one that raises `Enough` ends the training there.
         penalty: a term of the loss with parameters that train beside the model's; see Penalty.
         progress: False, True, or a running rich.progress.Progress to add a line to.
 
@@ -125,7 +127,7 @@ def fit(
         if penalty is not None:
             stack.callback(penalty.eval)
         stack.enter_context(state.frozen(model, freeze, penalty))  # a model that is frozen whole keeps its precision
-        stack.enter_context(state.full_precision(model))
+        given["bf16"] = stack.enter_context(state.master_weights(model, bf16))
         stack.enter_context(state.dropout(model, dropout))
         stack.enter_context(state.without_cache(plain(model)))
         objective = pair(
@@ -185,6 +187,8 @@ def _run(objective: Objective, features: Sequence[Any], given: dict[str, Any], p
         )
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except Enough:
+            resumable = False  # there is no checkpoint of where it ended
         finally:
             objective.zero_grad(set_to_none=True)
     if not state.finite(objective):

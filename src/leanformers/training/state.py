@@ -31,15 +31,32 @@ def kept_randomness() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def full_precision(model: nn.Module) -> Iterator[None]:
-    """Train half-precision weights in float32, where small steps are not lost; cast back at the end."""
-    before = {}
-    if any(p.dtype in _HALF and p.requires_grad for p in model.parameters()):
-        before = {t: t.dtype for t in [*model.parameters(), *model.buffers()] if t.dtype in _HALF and _is_plain(t)}
+def master_weights(model: nn.Module, mixed: bool | None) -> Iterator[bool]:
+    """Train half-precision weights in float32, where small steps are not lost; cast back at the end, one by one.
+
+    mixed: whether the forward pass computes in bfloat16. Then frozen weights keep their type, else all are cast. None:
+        where something trained is in half precision and the device computes in bfloat16 at speed, or something frozen
+        is in half precision, which shall not take twice its memory.
+
+    Yields:
+        What it came to: whether the forward pass is to run in bfloat16.
+    """
+    halves = [t for t in [*model.parameters(), *model.buffers()] if t.dtype in _HALF and _is_plain(t)]
+    trained = [t for t in halves if t.requires_grad]
+    if mixed is None:
+        device = next(model.parameters()).device
+        frozen = any(isinstance(t, nn.Parameter) and not t.requires_grad for t in halves)
+        if device.type == "cuda":
+            able = torch.cuda.is_bf16_supported()
+        else:  # its norms do not take float16 weights beside bfloat16
+            able = all(t.dtype == torch.bfloat16 for t in halves)
+        mixed = bool(trained) and able and (device.type == "cuda" or frozen)
+    chosen = trained if mixed or not trained else halves
+    before = {tensor: tensor.dtype for tensor in chosen}
     for tensor in before:
         tensor.data = tensor.data.float()
     try:
-        yield
+        yield mixed
     finally:
         for tensor, dtype in before.items():
             tensor.data = tensor.data.to(dtype)

@@ -5,7 +5,7 @@ for hidden states and attention; MiniLMv2 (Wang et al., 2021, arXiv 2012.15828) 
 ``leanformers.training``'s; this file holds the decisions. The teacher is the model as it was before the recipe; its
 outputs are computed once. After dropping layers, hidden states are matched to the kept layers' own indices. With
 ``augment`` it also answers altered copies of the texts (Tang et al., 2019, arXiv 1903.12136), which small students
-need where there are few texts.
+need where there are few texts. ``soup`` averages students of several seeds (Wortsman et al., 2022, arXiv 2203.05482).
 Cost: training is a forward and a backward pass of the student, plus the teacher's forward once.
 """
 
@@ -33,6 +33,7 @@ class DistillationMethod:
     batch_size: int = setting(32, low=1, help="examples per step")
     limit: int | None = setting(None, low=1, help="training examples used at most")
     augment: int = setting(0, low=0, help="altered copies of each text, learned from the teacher alone")
+    soup: int = setting(1, low=1, help="trainings from the same start, each with a seed of its own, averaged")
 
     def __call__(self, subject: Subject) -> None:
         from leanformers.training import Distillation
@@ -51,6 +52,7 @@ class DistillationMethod:
             batch_size=self.batch_size,
             limit=self.limit,
             augment=self.augment,
+            soup=self.soup,
         )
 
     def refuses(self, anatomy: Anatomy, task: Any) -> str | None:
