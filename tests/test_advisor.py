@@ -8,11 +8,15 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+import leanformers as lean
+from families import TINY
+from leanformers import execute
 from leanformers.advisor import advise
 from leanformers.methods import Saving, base, method
+from vocabularies import wordpiece
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def registry(monkeypatch):
     monkeypatch.setattr(base, "_registry", {})
     monkeypatch.setattr("leanformers.methods._registry", base._registry)
@@ -52,7 +56,7 @@ def registry(monkeypatch):
         def __call__(self, subject): ...
 
 
-def test_advice():
+def test_advice(registry):
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
     model = BertForSequenceClassification(BertConfig(vocab_size=11, **sizes))
@@ -65,3 +69,26 @@ def test_advice():
     assert found["bits"].ratios["parameters"] == 1 and found["bits"].ratios["bytes"] < 1
     assert found["silent"].suits and found["silent"].needs == ("text",) and found["silent"].bytes is None
     assert not found["llama-only"].suits and "family bert" in found["llama-only"].reason
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("method", [None, "quantization", "essential-sparsity"])
+def test_of_a_folder_the_structure_is_enough(family, method, tmp_path, monkeypatch):
+    """The same advice, figure for figure, and no weight is read."""
+    model = TINY[family]().to(torch.bfloat16)
+    if method:
+        model = lean.apply([{"method": method}], model, copy_model=False)
+    model.save_pretrained(tmp_path)
+    wordpiece().save_pretrained(tmp_path)
+    read = []
+
+    def seen(*args, **options):
+        read.append(load_model(*args, **options))
+        return read[-1]
+
+    load_model = execute.load_model
+    monkeypatch.setattr(execute, "load_model", seen)
+    found, whole = advise(str(tmp_path)), advise(lean.load(tmp_path, dtype="auto"))
+    assert found == whole and len(found) > 10 and any(one.ratios for one in found)
+    skeleton = read[0][0]
+    assert {t.device.type for t in (*skeleton.parameters(), *skeleton.buffers())} == {"meta"}

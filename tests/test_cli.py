@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from leanformers.cli import app
 from leanformers.cli.errors import sentence
 from leanformers.errors import LeanError
+from leanformers.runtimes import prepare
 
 runner = CliRunner()
 
@@ -214,7 +215,8 @@ def test_export_says_what_was_proved(tiny_bert, hurried, table, tmp_path):
 
 def test_export_wants_a_task_and_a_format_that_there_is(tiny_bert, tmp_path):
     out = tmp_path / "served"
-    assert "--task NAME" in refused("export", tiny_bert, "--to", "stock", "--out", out)
+    assert "holds no recipe with a task: say" in refused("export", tiny_bert, "--to", "stock", "--out", out)
+    assert "nowhere is no folder: say" in refused("export", "nowhere", "--to", "stock", "--out", out)
     told = refused("export", tiny_bert, "--to", "stock", "--out", out, "--quantize", "q8_0")
     assert told == "an export to stock cannot be quantised as 'q8_0'; there is none"
     assert not out.exists()
@@ -247,6 +249,40 @@ def test_apply_says_in_words_that_zeros_save_nothing(tiny_bert, tmp_path):
     result = runner.invoke(app, ["apply", str(recipe), "--model", str(tiny_bert), "--out", str(tmp_path / "lean")])
     assert result.exit_code == 0, result.exception
     assert "that essential-sparsity set to zero save no bytes and no time" in result.output
+
+
+def test_measure_in_several_runtimes(tiny_bert, hurried, table, monkeypatch):
+    from leanformers.measure import everywhere as room
+
+    data = ["--data", str(table), "--text", "body", "--label", "topic", "--limit", "4"]
+    result = runner.invoke(app, ["measure", str(tiny_bert), *data, "--runtime", "torch-packed", "--runtime", "torch"])
+    assert result.exit_code == 0, result.exception
+    assert result.output.index("torch  ") < result.output.index("torch-packed")  # ratios are to torch
+    monkeypatch.setattr(room, "available", lambda: ["torch", "llama.cpp"])
+    monkeypatch.setattr(room, "check", lambda name: None)
+    monkeypatch.setattr(room, "prepare", lambda *a: _refuses() if a[2] == "llama.cpp" else prepare(*a))
+    result = runner.invoke(app, ["measure", str(tiny_bert), *data, "--runtime", "all", "--json"])
+    record = json.loads(result.stdout)
+    assert list(record["measurements"]) == ["torch"] and record["refused"] == {"llama.cpp": "it runs decoders alone"}
+    assert "there is no runtime 'nope'" in refused("measure", tiny_bert, *data, "--runtime", "all", "--runtime", "nope")
+    assert "give --task NAME" in refused("measure", tiny_bert, "--runtime", "all")
+
+
+def _refuses():
+    raise LeanError("it runs decoders alone")
+
+
+def test_a_head_of_random_numbers_is_said(tiny_bert, hurried, table, tmp_path):
+    from transformers import AutoModel
+
+    shutil.copytree(tiny_bert, tmp_path / "body")
+    AutoModel.from_pretrained(tiny_bert).save_pretrained(tmp_path / "body")
+    data = ["--data", str(table), "--text", "body", "--label", "topic", "--limit", "4"]
+    told = {
+        name: " ".join(runner.invoke(app, ["measure", str(folder), *data]).stderr.split())
+        for name, folder in (("body", tmp_path / "body"), ("whole", tiny_bert))
+    }
+    assert "has no head for this task" in told["body"] and "no head" not in told["whole"]
 
 
 def test_measure_against_a_baseline(tiny_bert, hurried, table):
@@ -424,8 +460,16 @@ def test_faults_of_the_program_keep_their_traceback(monkeypatch):
 def test_methods_are_listed_with_what_they_need():
     result = runner.invoke(app, ["methods"])
     assert result.exit_code == 0
-    for wanted in ("distillation", "quantization", "needs", "suits", "evidence"):
-        assert wanted in result.output
+    for wanted in (
+        "distillation",
+        "quantization",
+        "essential-sparsity",
+        "needs",
+        "suits",
+        "evidence",
+        "smaller layers",
+    ):
+        assert wanted in result.output  # names whole, on eighty columns
 
 
 def test_one_method_in_full():

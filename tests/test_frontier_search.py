@@ -18,9 +18,10 @@ import frontier_fake as fake
 from leanformers import folders
 from leanformers.errors import LeanError
 from leanformers.frontier import Space, hypervolume
-from leanformers.frontier.conclude import ASIDE, points_of, write_points
-from leanformers.frontier.result import Frontier, minimised
+from leanformers.frontier.conclude import ASIDE, beside, points_of, write_points
+from leanformers.frontier.result import Frontier, Point, minimised
 from leanformers.frontier.store import Store
+from leanformers.measure import Measurement
 from leanformers.methods import base
 from leanformers.recipe import Recipe, key_of
 
@@ -85,11 +86,24 @@ def test_a_search_ends_with_points_for_every_goal(tmp_path, infos):
         folder = search.folder / "points" / point.name
         assert {"measurement.json", "README.md", "model.safetensors"} <= {e.name for e in folder.iterdir()}
         assert not (folder / "steps.json").exists()
+        assert "The same recipe elsewhere" not in (folder / "README.md").read_text()  # it was tried in one runtime
     data = frontier.to_json()
     json.dumps(data, allow_nan=False)
     assert data["points"][0]["folder"] == f"points/{points[0].name}" and data["best"] == frontier.best.name
     assert all(p["reason"] for p in data["points"] if p["status"] != "frontier")
     assert {p["status"] for p in data["points"]} <= {"frontier", "dominated", "estimated", "failed"}
+
+
+def test_what_was_timed_at_another_hour_stands_on_the_scale_of_the_baseline():
+    def point(name, **found):
+        measured = Measurement(parameters=1, bytes=1, memory=1, **found)
+        return Point(name=name, status="estimated", measurement=measured, ratios={"latency": 0.5})
+
+    busy = point("baseline", latency=0.2, throughput=100.0)
+    found = beside(point("early", latency=0.05, latency_p95=0.06, throughput=300.0), busy).measurement
+    assert (found.latency, found.latency_p95, found.throughput) == pytest.approx((0.1, 0.12, 150.0))
+    untimed = point("TF-IDF")
+    assert beside(untimed, busy) is untimed
 
 
 def test_what_only_the_validation_rows_know_is_not_on_the_frontier(tmp_path, infos, monkeypatch):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as T
+from filelock import FileLock
 
 import leanformers as lean
 from leanformers.deploy import proof
@@ -182,6 +183,7 @@ def test_bad_input_is_refused_before_any_training(source, tmp_path, monkeypatch)
         ("no setting 'epoch'", {"tune": {"epoch": 3}}),
         ("dtype is one of", {"dtype": "int4"}),
         ("no runtime", {"runtime": "abacus"}),
+        ("the device 'abacus' cannot be used here", {"device": "abacus"}),
     ]:
         with pytest.raises(LeanError, match=words) as caught:
             search(source, **{"out": tmp_path / "new", **options})
@@ -204,6 +206,16 @@ def test_another_search_is_not_mixed_into_a_run(source, finished):
     other = task(source / "data.csv", text="body", label="topic", max_length=16)
     with pytest.raises(LeanError, match="whose task is with other data or settings"):
         slim(str(source / "model"), other, out=finished.folder, progress=False)
+
+
+def test_a_slip_leaves_nothing_that_stands_in_the_way_of_the_right_command(source, tmp_path):
+    for name in ("modell", "modelll"):  # the folder is made before the model is looked for
+        with pytest.raises(LeanError, match="There is no folder"):
+            slim(str(source / name), own_task(source), out=tmp_path / "run", progress=False)
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["model"].endswith(name)
+    held = FileLock(tmp_path / "run" / "locks" / "baseline.lock")
+    with held, pytest.raises(LeanError, match="holds a search whose model is"):  # another process is at it
+        slim(str(source / "model"), own_task(source), out=tmp_path / "run", progress=False)
 
 
 def test_apply_makes_a_lean_model_and_leaves_the_given_one(source):

@@ -20,7 +20,8 @@ from leanformers.deploy.targets import TARGETS
 from leanformers.errors import LeanError
 from leanformers.frontier import slim
 from leanformers.frontier import venue as venues
-from leanformers.frontier.bench import BASELINE, SOURCE, Workbench
+from leanformers.frontier.baseline import BASELINE, SOURCE
+from leanformers.frontier.bench import Workbench
 from leanformers.frontier.deployed import passing
 from leanformers.frontier.slim import runtimes_of, suited
 from leanformers.frontier.venue import shape_of, venue_of

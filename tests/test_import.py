@@ -73,6 +73,8 @@ def test_public_names_are_there():
     for name in leanformers.__all__:
         assert getattr(leanformers, name) is not None, name
     assert set(leanformers.__all__) <= set(dir(leanformers))
+    assert not {"sys", "importlib", "Any"} & set(dir(leanformers))  # what a completion would offer
+    assert all(hasattr(leanformers, name) for name in dir(leanformers))
 
 
 def test_unknown_name():

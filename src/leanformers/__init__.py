@@ -67,6 +67,9 @@ _PUBLIC = {
     "load": "leanformers.tasks",
 }
 
+# What the documentation imports from, beside the names above.
+_ROOMS = ("anatomy", "deploy", "frontier", "recipe", "runtimes", "surgery", "tasks", "training")
+
 __all__ = [
     "LeanError", "__version__",
     "slim", "Frontier", "apply", "Recipe", "export", "pack", "prefill", "prepack", "set_speedup", "edit", "ledger",
@@ -77,6 +80,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Load a public name when it is first used (PEP 562)."""
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     room, _, there = _PUBLIC[name].partition(":")
@@ -88,7 +93,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *_ROOMS})
 
 
 class _CallableRoom(ModuleType):

@@ -35,11 +35,14 @@ class Advice:
     reason: str | None = None
 
 
-def advise(model: Any, task: Any = None, *, length: int = 128, tokenizer: Any = None) -> list[Advice]:
+def advise(
+    model: Any, task: Any = None, *, length: int = 128, tokenizer: Any = None, trust_remote_code: bool = False
+) -> list[Advice]:
     """Advice on every method, those that suit first, in the order in which a recipe would use them.
 
     Args:
-        model: a loaded model, (model, tokenizer), a folder or a name.
+        model: a loaded model, (model, tokenizer), a folder or a name; of the latter two the structure alone is read,
+            so that a model larger than the memory can be advised on.
         task: a Task or what `leanformers.tasks.task` takes; without it methods are judged by the model alone.
         length: tokens of the sequence whose FLOPs are counted.
 
@@ -51,7 +54,7 @@ def advise(model: Any, task: Any = None, *, length: int = 128, tokenizer: Any = 
     from leanformers.measure import bytes_of_state
 
     the_task = task_of(task)
-    loaded, tokenizer = load_model(model, the_task, tokenizer)
+    loaded, tokenizer = load_model(model, the_task, tokenizer, trust_remote_code=trust_remote_code, weights=False)
     anatomy = Anatomy.of(loaded)
     now = {
         "parameters": anatomy.parameters(),

@@ -108,16 +108,23 @@ def task_of(spec: Any) -> Any:
 
 
 def load_model(
-    source: Any, task: Any, tokenizer: Any = None, dtype: str = "auto", *, trust_remote_code: bool = False
+    source: Any,
+    task: Any,
+    tokenizer: Any = None,
+    dtype: str = "auto",
+    *,
+    trust_remote_code: bool = False,
+    weights: bool = True,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) of a loaded model, a pair, a folder or a name; a loaded one may lack its own.
 
-    dtype: of the weights that are loaded here; "auto" is the checkpoint's own.
+    dtype: of the weights that are loaded here; "auto" is the checkpoint's own. weights: False loads the structure
+    alone.
     """
     from leanformers.tasks import load
 
     if isinstance(source, str | Path):
-        model, found = load(source, task, dtype, trust_remote_code=trust_remote_code)
+        model, found = load(source, task, dtype, trust_remote_code=trust_remote_code, weights=weights)
         return (model, found) if tokenizer is None else load((model, tokenizer), task)
     if tokenizer is not None:
         return load((source, tokenizer), task)
@@ -129,12 +136,15 @@ def load_model(
     return load(source, task)
 
 
-def attach_reference(task: Any, model: Any, tokenizer: Any) -> None:
-    """Make this model the reference of a task that compares vectors (an old index, its neighbours)."""
+def attach_reference(task: Any, model: Any, tokenizer: Any, *, copy_model: bool = True) -> None:
+    """Make this model the reference of a task that compares vectors (an old index, its neighbours).
+
+    copy_model: whether a copy of it is kept, since it will be edited or trained.
+    """
     if task is not None and hasattr(task, "attach_teacher"):
         from leanformers.runtimes import prepare
 
-        task.attach_teacher(prepare(copy.deepcopy(model), task), tokenizer)
+        task.attach_teacher(prepare(copy.deepcopy(model) if copy_model else model, task), tokenizer)
 
 
 def save_checkpoint(folder: Path, model: Any, tokenizer: Any, task: Any) -> None:

@@ -211,9 +211,15 @@ def apply(
         steps: methods with settings ({"method": slug, **settings} or instances), a Recipe, or its file.
         model: a loaded model, left as it is (copy_model=False edits it in place), a folder or a name.
         task: a Task or what `leanformers.tasks.task` takes; methods that train or calibrate need one.
+        tokenizer: of a loaded model; found beside it where it is not given.
+        seed: instead of the recipe's own. device: where the steps run; None where the model is.
+        progress: bars for what takes long, on stderr.
 
     Returns:
         The model, with a changed tokenizer as its attribute `tokenizer`.
+
+    Raises:
+        LeanError: a recipe, a model or a task that cannot be used, before any work.
     """
     recipe = as_recipe(steps)
     lean, new_tokenizer, old_tokenizer = _run(

@@ -183,6 +183,33 @@ def test_a_search_without_time_for_a_recipe_says_how_to_go_on():
     assert "No recipe" not in view.headline(sample())
 
 
+def test_a_search_whose_time_ended_before_a_full_run_does_not_call_the_model_unbeaten():
+    data = sample()
+    estimates = [point for point in data["points"] if point["status"] == "estimated"]
+    told = view.headline(data | {"points": estimates})
+    assert "by estimates alone" in told and "none beats" not in told and told.endswith("goes on from here.")
+    failed = [point for point in data["points"] if point["status"] == "failed"]
+    assert "none beats the model as it is" in view.headline(data | {"points": failed})
+
+
+def test_goals_that_no_point_reaches_together_are_said():
+    data = sample() | {"goals": ["latency<=0.4x", "quality>=0.99x"], "best": "idt5+optin-p1"}
+    for point in data["points"]:
+        point["meets"] = False
+    text = Checked(render(data)).text
+    assert "no point reaches them all" in text and "closest to the goals" in text
+    text = Checked(render(sample())).text
+    assert "no point reaches them all" not in text and "best for the goals" in text
+
+
+def test_a_goal_that_the_baseline_meets_is_not_called_missed():
+    data = sample() | {"points": [], "goals": ["quality>=0.98x", "latency<=0.5x"]}
+    quality, latency = view.goal_limits(data)
+    assert quality["base"] and not quality["met"] and not latency["base"]
+    text = Checked(render(data)).text
+    assert "quality ≥ 0.98× by the baseline alone" in text and "latency ≤ 0.5× not reached" in text
+
+
 def test_a_reference_that_beats_the_model_is_said():
     data = sample()
     assert "is a transformer needed" not in view.headline(data)
@@ -223,7 +250,7 @@ def test_goal_limits_of_a_metric_where_less_is_better():
     data["task"] |= {"metric": "bits_per_byte", "better": "lower"}
     quality, size = view.goal_limits(data)
     assert quality["limit"] == pytest.approx(0.869 / 0.8)
-    assert size == {"text": "bytes ≤ 20 MB", "key": "bytes", "limit": 20e6, "met": 2}
+    assert size == {"text": "bytes ≤ 20 MB", "key": "bytes", "limit": 20e6, "met": 2, "base": False}
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,10 @@ def show_frontier(data: dict[str, Any], out: Path) -> None:
     screen.print(tables.frontier(data))
     if data.get("status") == "interrupted":
         screen.print("The search was interrupted; the same command goes on with it.", style="yellow")
-    if missed := [goal["text"] for goal in view.goal_limits(data) if not goal["met"]]:
+    if missed := [goal["text"] for goal in view.goal_limits(data) if not (goal["met"] or goal["base"])]:
         screen.print(f"Not reached: {', '.join(missed)}.", style="yellow", soft_wrap=True)
+    elif view.at_odds(data):
+        screen.print("Each goal is reached by some point, and no point reaches them all.", style="yellow")
     screen.print(f"Report: {out / 'report.html'}", markup=False, soft_wrap=True)
     points = {point["name"]: point for point in data.get("points", ()) if point.get("status") == "frontier"}
     best = points.get(data.get("best") or "") or data["baseline"]
@@ -137,13 +139,11 @@ def run_measure(
     """Measure one model, or one against another in the same rounds."""
     from leanformers.measure import compare, environment, measure
     from leanformers.measure.environment import describe
-    from leanformers.tasks import load
 
     silence_transformers()
-    stored = _dtype(dtype)
 
     def loaded(name: str) -> Any:
-        return load(name, task, stored, trust_remote_code=trust_remote_code)
+        return _loaded(name, task, dtype, trust_remote_code)
 
     folders = {key: name for key, name in (("baseline", baseline), ("model", model)) if name and Path(name).is_dir()}
     other = None
@@ -167,6 +167,16 @@ def run_measure(
     console().print(describe(), style="dim", markup=False)
 
 
+def _loaded(name: str, task: Any, dtype: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The model and its tokenizer; a head that would answer at random is said."""
+    from leanformers.tasks import load
+    from leanformers.tasks.loading import warn_of_new_head
+
+    pair = load(name, task, _dtype(dtype), trust_remote_code=trust_remote_code)
+    warn_of_new_head(pair[0], name)
+    return pair
+
+
 def _dtype(given: str | None) -> str:
     """What `load` takes: a name that was given, or the checkpoint's own.
 
@@ -187,12 +197,11 @@ def run_measure_packed(
     from leanformers.measure import environment
     from leanformers.measure.environment import describe
     from leanformers.measure.packed import compare_packed
-    from leanformers.tasks import load
 
     silence_transformers()
     if task is None:
         raise LeanError("--packed compares on texts: give --task NAME or --data FILE")
-    loaded, tokenizer = load(model, task, _dtype(dtype), trust_remote_code=trust_remote_code)
+    loaded, tokenizer = _loaded(model, task, dtype, trust_remote_code)
     found = compare_packed(loaded, task, tokenizer, **options)
     if as_json:
         record = {"model": model, "packing": found.to_json(), "environment": environment()}
@@ -204,12 +213,46 @@ def run_measure_packed(
     console().print(describe(), style="dim", markup=False)
 
 
+def run_measure_everywhere(
+    model: str,
+    task: Any,
+    runtimes: list[str],
+    *,
+    as_json: bool,
+    dtype: str | None,
+    trust_remote_code: bool,
+    **options: Any,
+) -> None:
+    """Measure one model in several runtimes, and say which cannot run it."""
+    from leanformers.measure import environment
+    from leanformers.measure.environment import describe
+    from leanformers.measure.everywhere import everywhere
+    from leanformers.runtimes import check
+
+    silence_transformers()
+    if task is None:
+        raise LeanError("runtimes are compared on a task: give --task NAME or --data FILE")
+    for name in runtimes:
+        if name != "all":
+            check(name)
+    loaded, tokenizer = _loaded(model, task, dtype, trust_remote_code)
+    found, refused = everywhere(loaded, tokenizer, task, runtimes, **options)
+    if as_json:
+        told = {name: measured.to_json() for name, measured in found.items()}
+        record = {"model": model, "measurements": told, "refused": refused, "environment": environment()}
+        typer.echo(json.dumps(record, indent=2, ensure_ascii=False))
+        return
+    from leanformers.cli import tables
+
+    console().print(tables.everywhere(found, refused))
+    console().print(describe(), style="dim", markup=False)
+
+
 def run_advise(model: str, task: Any, *, length: int, trust_remote_code: bool) -> None:
     """Print which methods suit a model, and what each is estimated to save."""
     from leanformers.advisor import advise
     from leanformers.cli import tables
-    from leanformers.tasks import load
 
     silence_transformers()
-    loaded = load(model, task, "auto", trust_remote_code=trust_remote_code)
-    console().print(tables.advice(advise(loaded, task, length=length), length))
+    found = advise(model, task, length=length, trust_remote_code=trust_remote_code)
+    console().print(tables.advice(found, length))

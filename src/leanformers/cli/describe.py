@@ -12,14 +12,14 @@ from rich.text import Text
 
 from leanformers import evidence
 from leanformers.cli.console import out
-from leanformers.cli.tables import rows
+from leanformers.cli.tables import by_stage, rows
 
 STAGE_TITLES = {
     "prepare": "make it fit for the task",
     "vocabulary": "fewer words",
     "structure": "smaller layers",
     "recover": "quality regained",
-    "quantise": "fewer bits",
+    "quantise": "at last, how it is stored and run",
 }
 
 
@@ -27,18 +27,13 @@ def show_methods() -> None:
     """All methods, by stage."""
     from leanformers.methods import methods
 
-    found, results = methods(), evidence.results()
-    lines = [
-        [
-            slug,
-            info.title,
-            needs(info),
-            suits(info),
-            evidence.verdict(results[slug]) if slug in results else "–",
-        ]
-        for slug, info in found.items()
-    ]
-    out().print(rows(("method", "what it does", "needs", "suits", "evidence"), lines))
+    results = evidence.results()
+    stages: dict[str, list[tuple[str, str, str, str]]] = {}
+    for slug, info in methods().items():
+        more = f"needs {needs(info)}; suits {suits(info)}"
+        held = evidence.verdict(results[slug]) if slug in results else "–"
+        stages.setdefault(STAGE_TITLES.get(info.stage, info.stage), []).append((slug, info.title, more, held))
+    out().print(by_stage(stages))
     out().print("leanformers methods NAME says more of one.", style="dim")
 
 
@@ -101,9 +96,10 @@ def needs(info: Any) -> str:
 
 
 def suits(info: Any) -> str:
-    """Which tasks and families the method suits, in words."""
-    parts = [", ".join(info.suits[key]) for key in ("kinds", "families") if info.suits.get(key)]
-    return "; ".join(parts) or "all"
+    """Which tasks, and of which families models, the method suits, in words."""
+    tasks = ", ".join(info.suits.get("kinds", ())) or "every task"
+    families = ", ".join(info.suits.get("families", ()))
+    return f"{tasks}; {families}" if families else tasks
 
 
 def runs_in(info: Any) -> str:

@@ -32,7 +32,8 @@ def frontier(data: Mapping[str, Any]) -> Group:
     """The non-dominated points, then the baseline and the references, each with its ratios."""
     titles = [metric_title(data.get("task", {})) if key == "quality" else QUANTITIES[key].title for key in TABLE]
     titles = ["bytes" if title == "bytes on disk" else title for title in titles]
-    table = _table("point", *titles, "tier", numbers=titles)
+    table = _table("point", *titles, "loads with", numbers=titles)
+    table.columns[-1].no_wrap = True  # a runtime's name is typed
     marks = view.letters(data)
     winners = [point for point in data.get("points", ()) if point.get("status") == "frontier"]
     legend = Table.grid(padding=(0, 1))
@@ -64,13 +65,26 @@ def measurement(found: Any, baseline: Any = None, name: str = "", baseline_name:
             shown = "–" if other is None else f"{other:.4g}"
             lines.append((metric.replace("_", " "), shown, f"{value:.4g}", "", ""))
     columns = ("", baseline_name, name, "ratio", "")
-    kept = range(5) if baseline is not None else (0, 2, 4)
+    kept = range(4) if baseline is not None else (0, 2, 4)  # units would not fit beside two models
     table = _table(*(columns[i] for i in kept), numbers=[baseline_name, name, "ratio"])
     for line in lines:
         if line[2] != "–":
             cells = [Text(line[i], "dim" if i == 4 else "") for i in kept]
             table.add_row(*cells)
     return table
+
+
+def everywhere(found: Mapping[str, Any], refused: Mapping[str, str]) -> Group:
+    """One model by runtime, with the ratio of its latency to the first's, and why others do not run it."""
+    metric = metric_title({"metric": next(iter(found.values())).metric}) if found else "quality"
+    columns = ("runtime", metric, "latency", "ratio", "throughput")
+    table = _table(*columns, numbers=columns[1:])
+    first = next(iter(found.values()), None)
+    for name, measured in found.items():
+        cells = [_pair(measured, None, key, QUANTITIES[key].write)[1] for key in ("quality", "latency", "throughput")]
+        table.add_row(name, *cells[:2], _ratio(measured.ratios(first), "latency"), cells[2])
+    notes = [Text("\n" + "\n".join(f"{name}: {reason}" for name, reason in refused.items()))] if refused else []
+    return Group(table, *notes)
 
 
 def packing(found: Any) -> Group:
@@ -135,6 +149,19 @@ def _estimate(entry: Any, key: str) -> Text:
     if value is None:
         return Text("–")
     return Text.assemble(QUANTITIES[key].write(value), ("\n" + ratio(share) if share is not None else "", "dim"))
+
+
+def by_stage(stages: Mapping[str, Sequence[tuple[str, str, str, str]]]) -> Table:
+    """Methods under the titles of their stages: name, what it does over what it needs and suits, evidence."""
+    table = _table("method", "what it does", "evidence")
+    for column in (table.columns[0], table.columns[2]):
+        column.no_wrap = True
+    for title, lines in stages.items():
+        table.add_row("", Text(title, "italic"), "")
+        for name, told, more, held in lines:
+            table.add_row(Text(name, "bold"), Text.assemble(told, ("\n" + more, "dim")), held)
+        table.add_section()
+    return table
 
 
 def rows(columns: Sequence[str], lines: Sequence[Sequence[str]], numbers: Sequence[str] = ()) -> Table:

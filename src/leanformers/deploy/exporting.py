@@ -15,6 +15,7 @@ from leanformers.execute import load_model, task_of
 from leanformers.runtimes import Prepared
 from leanformers.surgery import ledger
 from leanformers.surgery.edit import lost_by_export
+from leanformers.tasks.loading import warn_of_new_head
 
 if TYPE_CHECKING:
     from leanformers.measure import Measurement
@@ -78,6 +79,8 @@ def export(
     folders.check_output(folder, lambda _: False, "an empty place for an export")
     the_task = task_of(task) if task is not None else _task_beside(model)
     loaded, own = load_model(model, the_task, tokenizer, "float32", trust_remote_code=trust_remote_code)
+    if isinstance(model, str | Path):
+        warn_of_new_head(loaded, model)
     loaded = _exportable(loaded)
     with folders.whole(folder) as partial:
         if max_drop is not None and wanted.within is not None:
@@ -160,8 +163,12 @@ def _task_beside(model: Any) -> Any:
     path = Path(model) / "recipe.yaml" if _is_folder(model) else None
     found = task_of(Recipe.load(path).task) if path is not None and path.is_file() else None
     if found is None:
+        why = ""
+        if isinstance(model, str | Path):
+            why = f", and {model} holds no recipe with a task" if _is_folder(model) else f", and {model} is no folder"
         raise LeanError(
-            "an export is proved on real inputs: say what the model is for with task= (--task NAME, or --data FILE)"
+            f"an export is proved on real inputs{why}: say what the model is for with task= (--task NAME, or "
+            "--data FILE)"
         )
     return found
 

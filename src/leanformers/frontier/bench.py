@@ -6,11 +6,9 @@ This is the only part of a search that touches models; the rest works on what it
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,18 +18,19 @@ from filelock import FileLock
 
 from leanformers import folders
 from leanformers.errors import LeanError
-from leanformers.execute import apart, attach_reference, execute, load_model, save_checkpoint, seed_everything
+from leanformers.execute import attach_reference, execute, load_model, save_checkpoint
 from leanformers.execute import write_provenance as provenance
-from leanformers.frontier.deployed import bounded, deployed, exported, named
+from leanformers.frontier import last
+from leanformers.frontier.baseline import BASELINE, ROWS, make_baseline
+from leanformers.frontier.clock import LEAST, Clock
+from leanformers.frontier.deployed import bounded, exported, named
+from leanformers.frontier.shelf import Shelf, free
 from leanformers.frontier.space import Steps, name_of, trained_prefix
 from leanformers.frontier.venue import venue_of
 from leanformers.methods import Budget, MethodInfo, Subject
 from leanformers.recipe import Recipe, key_of
 
-BASELINE = "baseline"
 RESULT = "result.json"
-SOURCE = "source.json"  # of a baseline that is an export: what it was exported from, measured in torch
-_PREFIXES = 3  # models kept in memory, so that recipes that begin alike train once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +75,10 @@ class Workbench:
     budget: what an estimate may train. validation: rows on which recipes are compared while the search goes;
     test: rows of the last measurement, None for all. tune: steps that make the baseline of the loaded model,
     None to fine-tune only where the head is new. runtime: where all is measured; for an exported one, as it is
-    served there. runtimes: in which the last measurement also runs every model.
+    served there. runtimes: in which the last measurement also runs every model. clock: of the search, whose limit cuts
+    the baseline's training and the rows; say: where that is told.
+
+    In memory there are the baseline, which is the teacher too, the model under work, and what the shelf has room for.
     """
 
     quick_seconds = 1.5  # of timing, for an estimate
@@ -101,7 +103,11 @@ class Workbench:
         progress: bool,
         runtimes: Sequence[str] = (),
         trust_remote_code: bool = False,
+        clock: Clock | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
+        self.clock, self.say = clock or Clock(), say
+        self.left_out: dict[str, str] = {}  # name@runtime -> why the last measurement is without it
         self.trust, self.runtimes = trust_remote_code, tuple(runtimes)
         self.folder, self.source, self.task, self.infos = folder, model, task, infos
         self.recipe, self.given_tokenizer, self.tune = recipe, tokenizer, tune
@@ -109,7 +115,7 @@ class Workbench:
         self.timing: dict[str, Any] = {"batch_size": batch_size, "seed": recipe.seed}
         self.venue = venue_of(folder, task, runtime)
         self.device, self.progress = device, progress
-        self._prefixes: OrderedDict[str, Subject] = OrderedDict()
+        self._shelf = Shelf(folder, self.load)
         self.model: Any = None
         self.check: Callable[[Subject], Any] = lambda subject: None  # refuses a model before it is trained
         self.quality_goal: float | None = None  # as a ratio to the baseline: what a number format may not fall below
@@ -123,58 +129,41 @@ class Workbench:
         place = self.folder / BASELINE
         with FileLock(self.folder / "locks" / "baseline.lock"):  # of two processes one trains, one waits
             if not (place / "measurement.json").is_file():
-                self._make_baseline(place)
+                make_baseline(self, place)
+        free()
         self.recipe = Recipe.load(place)
         # Read back even when just made, so that a run that goes on has the very same model.
-        model, self.tokenizer = self._load(place)
+        model, self.tokenizer = self.load(place)
         self.model = model.to(self.device).eval()
-        attach_reference(self.task, self.model, self.tokenizer)
+        attach_reference(self.task, self.model, self.tokenizer, copy_model=False)
         self.teacher = Teacher(self.model, self.task, self.tokenizer, folder=self.folder / "teacher")
         self.venue.baseline, _ = self.venue.ready(BASELINE, (self.model, self.tokenizer), place)
+        if (place / ROWS).is_file():
+            kept = json.loads((place / ROWS).read_text())
+            self.validation = kept["validation"]
+            if kept["rounds"] is not None:
+                self.timing["rounds"] = kept["rounds"]
         self._reference = Measurement.from_json(json.loads((place / "validation.json").read_text()))
         return Measurement.from_json(json.loads((place / "measurement.json").read_text()))
 
-    def _load(self, folder: Path) -> tuple[Any, Any]:
+    def close(self) -> None:
+        """Keep no model but the baseline."""
+        self._shelf.close()
+
+    def load(self, folder: Path) -> tuple[Any, Any]:
         return load_model(str(folder), self.task, trust_remote_code=self.trust)
 
-    def _make_baseline(self, place: Path) -> None:
-        from leanformers.measure import measure
-        from leanformers.tasks import has_new_head
+    def pace(self, ready: Any) -> float:
+        """Seconds that the answer to one row takes, once what is set up at the first is there."""
+        for _ in range(2):
+            begun = self.clock.now()
+            self.task.evaluate(*ready, "validation", LEAST)
+        return (self.clock.now() - begun) / max(1, min(LEAST, len(self.task.splits["validation"])))
 
-        seed_everything(self.recipe.seed)  # a new head starts from random numbers
-        model, tokenizer = load_model(
-            self.source, self.task, self.given_tokenizer, self.recipe.dtype, trust_remote_code=self.trust
-        )
-        tune = self.tune
-        if tune is None:
-            tune = [{"method": "fine-tune"}] if has_new_head(model) else []
-        subject = self._subject(apart(model, self.source).to(self.device), tokenizer)
-        if tune:
-            self.check(replace(subject, teacher=subject.model))  # the baseline becomes the teacher
-            self.venue.check((subject.model, tokenizer))
-        with folders.whole(place, keep=True) as partial:
-            attach_reference(self.task, subject.model, tokenizer)
-            execute(tune, subject, folder=partial / "training")
-            attach_reference(self.task, subject.model, subject.tokenizer)
-            save_checkpoint(partial, subject.model, subject.tokenizer, self.task)
-            provenance(partial, replace(self.recipe, steps=tuple(tune)))
-            pair = (subject.model, subject.tokenizer)
-            self.venue.forget(BASELINE)
-            ready, files = self.venue.ready(BASELINE, pair, partial)
-            slow = {"limit": self.test, "seconds": self.last_seconds, **self.timing}
-            whole = measure(ready, self.task, folder=files, **slow)
-            part = measure(ready, self.task, folder=files, limit=self.validation, split="validation", **self._quick())
-            if self.venue.exports:
-                source = measure(pair, self.task, folder=partial, baseline=ready, **slow)
-                folders.write_json(partial / SOURCE, source.to_json())
-            folders.write_json(partial / "validation.json", part.to_json())
-            folders.write_json(partial / "measurement.json", whole.to_json())
-            _remove(partial / "training")
-
-    def _quick(self) -> dict[str, Any]:
+    def quick(self) -> dict[str, Any]:
         return {**self.timing, "batches": 4, "seconds": self.quick_seconds}
 
-    def _subject(self, model: Any, tokenizer: Any, **more: Any) -> Subject:
+    def subject_of(self, model: Any, tokenizer: Any, **more: Any) -> Subject:
         return Subject(
             model=model,
             tokenizer=tokenizer,
@@ -188,10 +177,10 @@ class Workbench:
     @property
     def subject(self) -> Subject:
         """The baseline, its own teacher, as methods look at it."""
-        return self._subject(self.model, self.tokenizer, teacher=self.teacher)
+        return self.subject_of(self.model, self.tokenizer, teacher=self.teacher)
 
     def _fresh(self, budget: Budget | None) -> Subject:
-        return self._subject(
+        return self.subject_of(
             copy.deepcopy(self.model), copy.deepcopy(self.tokenizer), teacher=self.teacher, budget=budget
         )
 
@@ -204,38 +193,29 @@ class Workbench:
             execute(steps[trained_prefix(self.infos, steps) :], subject)
             return self._measured(subject, start)
         finally:
-            _free()
+            free()
 
     def _after_prefix(self, steps: Steps) -> Subject:
-        """The subject after the last step that trains, from memory where a recipe began alike."""
+        """The subject after the last step that trains, from the shelf where a recipe began alike."""
         count = trained_prefix(self.infos, steps)
         if count == 0:
             return self._fresh(self.budget)
+        self._shelf.make_room(self.model)
         key = key_of(steps[:count])
-        if key not in self._prefixes:
-            self._prefixes[key] = execute(steps[:count], self._fresh(self.budget))
-        self._prefixes.move_to_end(key)
-        while len(self._prefixes) > _PREFIXES:
-            self._prefixes.popitem(last=False)
-        kept = self._prefixes[key]
-        return replace(
-            kept,
-            model=copy.deepcopy(kept.model),
-            tokenizer=copy.deepcopy(kept.tokenizer),
-            notes=copy.deepcopy(kept.notes),
-        )
+        kept = self._shelf.take(key)
+        return kept or self._shelf.put(key, execute(steps[:count], self._fresh(self.budget)))
 
     def _measured(self, subject: Subject, start: float, folder: Path | None = None, name: str = "") -> Result:
         """On the validation rows. folder: the checkpoint of a model that is kept under a name."""
         from leanformers.measure import measure
 
         pair = (subject.model, subject.tokenizer)
-        options = {"split": "validation", "limit": self.validation, **self._quick()}
+        options = {"split": "validation", "limit": self.validation, **self.quick()}
         if folder is None:
             found = self.venue.estimate(pair, **options)
         else:
             self.venue.forget(name)
-            drop = self._may_lose(name, self.venue.runtime, pair)
+            drop = self.may_lose(name, self.venue.runtime, pair)
             ready, files = self.venue.ready(name, pair, folder, drop)
             found = measure(ready, self.task, baseline=self.venue.baseline, folder=files, **options)
         if found.quality is None or not math.isfinite(found.quality):
@@ -260,14 +240,14 @@ class Workbench:
                 return Result(**json.loads((place / RESULT).read_text()))
             start = time.perf_counter()
             count = trained_prefix(self.infos, steps)
-            subject = self._fresh(None)
+            self._shelf.make_room(self.model)
             if 0 < count < len(steps):
                 self.full(steps[:count])
                 begun = self.folder / "finals" / name_of(steps[:count], key_of(steps[:count]))
-                model, subject.tokenizer = self._load(begun)
-                subject.model = model.to(self.device)
+                model, tokenizer = self.load(begun)
+                subject = self.subject_of(model.to(self.device), tokenizer, teacher=self.teacher)
             else:
-                count = 0
+                count, subject = 0, self._fresh(None)
             try:
                 with folders.whole(place, keep=True) as partial:
                     execute(steps[count:], subject, folder=partial / "training")
@@ -280,45 +260,19 @@ class Workbench:
                     folders.write_json(partial / RESULT, result.to_json())
                 return result
             finally:
-                _free()
+                free()
 
     # -- the last measurement ------------------------------------------------------------------------------
     def compare(self, names: Sequence[str]) -> dict[str, Any]:
         """Measure the baseline and these finals on the test rows, timed interleaved: name -> Measurement.
 
-        Each stands there once more per further runtime, as name@runtime; one that cannot be exported is left out,
-        with its reason in exports/.
+        Each stands there once more per further runtime, as name@runtime; one that cannot be exported, or for which no
+        time is left, is left out.
         """
-        from leanformers.measure import compare
-        from leanformers.training.progress import bar
+        self.close()
+        return last.compare(self, names)
 
-        pairs: dict[str, Any] = {BASELINE: (self.model, self.tokenizer)}
-        places: dict[str, Path] = {BASELINE: self.folder / BASELINE}
-        for name in names:
-            places[name] = self.folder / "finals" / name
-            model, tokenizer = self._load(places[name])
-            pairs[name] = (model.to(self.device), tokenizer)
-        models: dict[str, Any] = {}
-        for name, pair in pairs.items():
-            drop = self._may_lose(name, self.venue.runtime, pair)
-            models[name], places[name] = self.venue.ready(name, pair, places[name], drop)
-        wanted = [(name, runtime) for name in pairs for runtime in self.runtimes]
-        with bar(self.progress, "Exporting", len(wanted)) as advance:
-            for name, runtime in wanted:
-                advance(1, f"{name} for {runtime}")
-                drop = self._may_lose(name, runtime, pairs[name])
-                found = deployed(self.folder, name, runtime, pairs[name], self.task, drop)
-                if found is not None:
-                    key = named(name, runtime)
-                    models[key], places[key] = (found, pairs[name][1]), exported(self.folder, key)
-        try:
-            return compare(models, self.task, folders=places, limit=self.test, seconds=self.last_seconds, **self.timing)
-        finally:
-            pairs.clear()
-            models.clear()
-            _free()
-
-    def _may_lose(self, name: str, runtime: str, pair: tuple[Any, Any]) -> float | None:
+    def may_lose(self, name: str, runtime: str, pair: tuple[Any, Any]) -> float | None:
         """What share of its quality a model may lose in a runtime that can bound it, where it is not exported yet."""
         from leanformers.runtimes import prepare
 
@@ -353,11 +307,3 @@ def _remove(folder: Path) -> None:
     import shutil
 
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _free() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

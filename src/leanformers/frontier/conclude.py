@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from leanformers import folders
-from leanformers.frontier.bench import BASELINE, RESULT, SOURCE, Bench, Result
+from leanformers.frontier.baseline import BASELINE, SOURCE
+from leanformers.frontier.bench import RESULT, Bench, Result
 from leanformers.frontier.card import licence_of, model_card
 from leanformers.frontier.deployed import export_of, exported, is_deployed, source_of
 from leanformers.frontier.goals import Goal
@@ -61,11 +62,34 @@ def points_of(search: Search, bench: Bench, recipe: Recipe, baseline: Measuremen
         for name, measured in compared.items()
         if is_deployed(name)
     ]
+    found = [point if point.name in compared else beside(point, first) for point in found]
     # What only the validation rows know is not ranked beside what the test rows know.
     aside = [] if len(compared) == 1 else [point for point in found if point.name not in compared]
     found = _ranked([point for point in found if point not in aside], first, search.objectives)
     aside = [replace(point, status="estimated", reason=ASIDE) for point in aside]
-    return first, [*found, *aside, *_others(search, recipe, set(saved))]
+    return first, [*found, *aside, *(beside(point, first) for point in _others(search, recipe, set(saved)))]
+
+
+def beside(point: Point, baseline: Point) -> Point:
+    """A point that was timed at another hour than the baseline, as it would have been beside it.
+
+    What was measured is the ratio to the baseline in the same rounds; a machine that is busier or cooler by then would
+    put the seconds of both on different scales, in tables and plots.
+    """
+    measured, then = point.measurement, baseline.measurement
+    if measured is None or then is None or not measured.latency or not then.latency or "latency" not in point.ratios:
+        return point
+    scale = point.ratios["latency"] * then.latency / measured.latency
+    slowest, rate = measured.latency_p95, measured.throughput
+    return replace(
+        point,
+        measurement=replace(
+            measured,
+            latency=measured.latency * scale,
+            latency_p95=None if slowest is None else slowest * scale,
+            throughput=None if rate is None else rate / scale,
+        ),
+    )
 
 
 def _compare(bench: Bench, names: Sequence[str], baseline: Measurement) -> dict[str, Measurement]:
@@ -180,7 +204,8 @@ def meets(goals: Sequence[Goal], measured: Measurement, ratios: Mapping[str, flo
 def _siblings(point: Point, points: Sequence[Point]) -> list[Point]:
     """The same recipe in other runtimes."""
     mine = source_of(point.name)
-    return [p for p in points if p is not point and source_of(p.name) == mine and p.measurement is not None]
+    others = [p for p in points if p.name != point.name and p.measurement is not None]
+    return [p for p in others if source_of(p.name) == mine]
 
 
 def write_points(

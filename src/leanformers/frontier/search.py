@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from leanformers import folders
 from leanformers.frontier.bench import RESULT, Bench, Result
+from leanformers.frontier.clock import LAST, Clock
 from leanformers.frontier.goals import Goal
 from leanformers.frontier.pareto import spread
 from leanformers.frontier.propose import propose
@@ -45,7 +46,7 @@ class Effort:
 
     trials: recipes that are estimated. finalists: trainings in full. points: checkpoints that are kept at
     most.
-    minutes: of wall-clock time for this call, None for no limit; what is under way is always ended.
+    minutes: of wall-clock time for this call, None for no limit; the step under way is always ended.
     """
 
     trials: int = 20
@@ -74,14 +75,12 @@ class Search:
         self.finals = folder / "finals"
         self.finals.mkdir(parents=True, exist_ok=True)
         self.store = Store(folder, space, objectives, seed)
-        self.start = time.monotonic()
+        self.clock, self.last = Clock(minutes=effort.minutes), LAST  # the time, and what of it is for the end
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the end of the time that was given, a tenth aside for the last measurement."""
-        if self.effort.minutes is None:
-            return None
-        return 54 * self.effort.minutes - (time.monotonic() - self.start)
+        """Until the end of the time that was given, a share aside for the last measurement."""
+        return self.clock.left(1 - self.last)
 
     # -- estimates -----------------------------------------------------------------------------------------
     def starts(self) -> list[Steps]:
@@ -92,8 +91,8 @@ class Search:
         """Estimate recipes until enough were tried, at most two fifths of the time that is left."""
         self.store.enqueue(self.starts())
         left = self.seconds_left
-        until = None if left is None else time.monotonic() + 0.4 * left
-        while until is None or time.monotonic() < until:
+        until = None if left is None else self.clock.now() + 0.4 * left
+        while until is None or self.clock.now() < until:
             taken = self.store.next(self.effort.trials, self._propose)
             if taken is None:
                 if not self.store.others_running():
@@ -164,6 +163,8 @@ class Search:
             if not missing:
                 break
             for candidate in missing:
+                if self.clock.up(1 - self.last) and self.all_saved():
+                    return  # with what there is
                 self._full(candidate.steps)
 
     def _full(self, steps: Steps) -> None:

@@ -11,13 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from leanformers import folders
 from leanformers.errors import LeanError
-from leanformers.execute import task_of
-from leanformers.frontier.bench import BASELINE, Workbench, check_steps
-from leanformers.frontier.conclude import points_of, reference_points, source_points, write, write_points
+from leanformers.execute import check_device, task_of
+from leanformers.frontier.baseline import BASELINE
+from leanformers.frontier.bench import Workbench, check_steps
+from leanformers.frontier.clock import LAST, Clock
+from leanformers.frontier.conclude import beside, points_of, reference_points, source_points, write, write_points
 from leanformers.frontier.deployed import not_exported
 from leanformers.frontier.goals import Goal, objectives, parse_all, relative
 from leanformers.frontier.result import FILE, Frontier
@@ -67,12 +69,12 @@ def slim(
     Args:
         model: a loaded model, a folder or a name.
         task: a Task, or what `leanformers.tasks.task` takes.
-        goals: such as "latency<=0.5x", "quality>=0.99x", "bytes<=120MB"; their costs are what is traded
-        against
+        goals: such as "latency<=0.5x", "quality>=0.99x", "bytes<=120MB"; their costs are what is traded against
             quality (latency and bytes without any).
         out: the run's folder; by default runs/<model>-<task>.
         trials: recipes to estimate. finalists: trainings in full. points: checkpoints to keep at most.
-        minutes: wall-clock limit of this call; what is under way is ended.
+        minutes: wall-clock limit of this call, in all: the baseline's training, the rows that are measured and the
+            exports are cut to what fits, which is said; the step under way is ended.
         seed: of everything that is drawn. methods: search among these alone.
         tune: "auto" fine-tunes a model whose head is new; True always, False never, or settings of fine-tune.
         estimate: training examples of an estimate (0: none), or a Budget. validation: rows that estimates are
@@ -93,14 +95,17 @@ def slim(
     from leanformers.deploy import width_multiple
 
     start = time.monotonic()
+    clock = Clock()
     the_task = task_of(task)
     if the_task is None:
         raise LeanError("a search needs a task: give a packaged name such as 'sentiment', or your own data")
     wanted = parse_all(goals, the_task.better)
     effort = _effort(trials, finalists, points, minutes)
+    clock.minutes = effort.minutes
     budget = estimate if isinstance(estimate, Budget) else Budget(examples=_count("estimate", estimate, 0))
     steps = check_steps(tune)
     check_dtype(dtype)
+    check_device(device)
     infos = _chosen(methods)
     first, others = runtimes_of(runtime, the_task)
     recipe = Recipe(model=name_of(model), task=spec_of(task), dtype=dtype, seed=seed)
@@ -125,6 +130,8 @@ def slim(
             device=device if device is not None else _device(),
             progress=progress,
             trust_remote_code=trust_remote_code,
+            clock=clock,
+            say=say,
         )
         fit = partial(suited, infos, venue=bench.venue, explicit=methods is not None, stock=stock)
         bench.check = fit
@@ -136,14 +143,16 @@ def slim(
         told = f"{the_task.metric} {baseline.quality:.4g}"
         told += "".join(f" in {first}, {p.measurement.quality:.4g} in torch" for p in sources if p.measurement)
         say(f"baseline: {told}, {baseline.parameters:,} parameters")
-        references = [*reference_points(folder, the_task, baseline, test, seed), *sources]
+        late = clock.up(0.5)  # a reference is worth no time that the search needs
+        references = [] if late else reference_points(folder, the_task, baseline, test, seed)
+        references = [*references, *sources]
         chosen, skipped = fit(bench.subject)
         space = Space(list(chosen.values()), multiple=width_multiple([first, *others]))
         asked = [relative(goal, baseline.quality, the_task.better) for goal in wanted]
         floors = [goal.value for goal in asked if goal.metric == "quality" and goal.relative]
         bench.quality_goal = max(floors, default=None)
         search = Search(folder, bench, space, asked, objectives(asked), effort, seed=seed, say=say)
-        search.start = start
+        search.clock, search.last = clock, LAST * (2 if others else 1)
         status = "complete"
         try:
             search.explore()
@@ -168,6 +177,7 @@ def _conclude(
     """Measure, write and describe what there is."""
     from leanformers.measure import environment
 
+    bench.close()
     folder = search.folder
     task = bench.task.describe() if hasattr(bench.task, "describe") else {"name": bench.task.name}
     task = {"name": bench.task.name, "kind": bench.task.kind, "better": bench.task.better, **task}
@@ -182,10 +192,10 @@ def _conclude(
             goals=tuple(goals),
             objectives=search.objectives,
             baseline=first,
-            references=tuple(references),
+            references=tuple(beside(point, first) for point in references),
             points=tuple(winners),
             trials=tuple(point for point in tried if point.status != "frontier"),
-            skipped={**skipped, **not_exported(folder)},
+            skipped={**skipped, **not_exported(folder), **bench.left_out},
             status=status,
             seed=bench.recipe.seed,
             seconds=time.monotonic() - start + float(before.get("seconds") or 0.0),
@@ -217,10 +227,10 @@ def _open_run(folder: Path, recipe: Recipe, task: Any, tune: Any, model: Any, ru
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     (folder / "locks").mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "locks" / "run.lock"):
-        if not (folder / RUN).is_file():
+        theirs = json.loads((folder / RUN).read_text()) if (folder / RUN).is_file() else None
+        if theirs is None or (not ours.items() <= theirs.items() and _not_begun(folder)):
             folders.write_json(folder / RUN, {**ours, "task_name": task.name, "created": now})
             return now
-        theirs = json.loads((folder / RUN).read_text())
     theirs.setdefault("runtime", _runtime_of(folder) or runtime)
     for name, value in ours.items():
         if name == "runtime" and theirs[name] != value:
@@ -248,6 +258,17 @@ def _weights(model: Any) -> str | None:
     from leanformers.surgery import content_hash
 
     return content_hash(model[0] if isinstance(model, tuple) else model)
+
+
+def _not_begun(folder: Path) -> bool:
+    """Whether nothing was made there yet, as after a slip in the model's name, and nobody is about to."""
+    if any(not entry.name.startswith(".draft") and entry.name not in (RUN, "locks") for entry in folder.iterdir()):
+        return False
+    try:
+        with FileLock(folder / "locks" / "baseline.lock").acquire(timeout=0):
+            return True
+    except Timeout:
+        return False
 
 
 def _is_run(folder: Path) -> bool:

@@ -64,7 +64,8 @@ def describe(env: dict[str, Any] | None = None) -> str:
     hardware = (env or environment())["hardware"]
     sets = ", ".join(hardware["instruction_sets"]) or "no vector extension known"
     gpus = "".join(f"; {name}" for name in hardware["gpus"])
-    return f"{hardware['cpu']} ({sets}), {hardware['threads']} threads on {hardware['cores']} cores{gpus}"
+    threads = f"{hardware['threads']} thread{'s' if hardware['threads'] != 1 else ''}"
+    return f"{hardware['cpu']} ({sets}), {threads} on {hardware['cores']} cores{gpus}"
 
 
 @cache

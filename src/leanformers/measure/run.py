@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ def measure(
     split: str = "test",
     seconds: float = SECONDS,
     batches: int = 8,
+    rounds: int = MIN_ROUNDS,
     generate: int = 0,
     folder: str | Path | None = None,
     baseline: Any = None,
@@ -48,7 +49,7 @@ def measure(
         latency: whether to time the model and read its peak memory.
         runtime: where it is run; a name of `leanformers.runtimes.available()`.
         batch_size: rows per timed batch. batches: how many of them at most; fewer where one takes long.
-        seconds: time budget of the timing, warm-up aside; at least five rounds are made whatever they take.
+        seconds: time budget of the timing, warm-up aside. rounds: how many are made at least, whatever they take.
         generate: new tokens to write for the decoding rate of a causal language model; 0 leaves it out.
         folder: checkpoint of a loaded model, so that bytes are those of its files.
         baseline: a model, or (model, tokenizer), or either with a `Prepared` for the model, timed in the same
@@ -74,6 +75,7 @@ def measure(
         split=split,
         seconds=seconds,
         batches=batches,
+        rounds=rounds,
         generate=generate,
         folders={"model": folder} if folder is not None else {},
     )
@@ -93,8 +95,10 @@ def compare(
     split: str = "test",
     seconds: float = SECONDS,
     batches: int = 8,
+    rounds: int = MIN_ROUNDS,
     generate: int = 0,
     folders: Mapping[str, str | Path] | None = None,
+    wanted: Sequence[str] | None = None,
 ) -> dict[str, Measurement]:
     """Measure several models on the same rows, timed interleaved; the first is `latency_ratio`'s baseline.
 
@@ -102,6 +106,7 @@ def compare(
         models: name -> (model, tokenizer), a loaded model, a `Prepared`, a folder or a name.
         runtime: one for all, or name -> runtime (a model may stand there several times, under several names).
         folders: name -> checkpoint folder, so that bytes are those of the files.
+        wanted: names to measure, None for all; the others are timed beside them and no more.
         The rest is as in `measure`; `seconds` is for all of them together.
     """
     if not models:
@@ -110,7 +115,7 @@ def compare(
     return _measure(
         models,
         task,
-        wanted=list(models),
+        wanted=list(models if wanted is None else wanted),
         quality=quality,
         latency=latency,
         runtimes=runtimes,
@@ -120,6 +125,7 @@ def compare(
         split=split,
         seconds=seconds,
         batches=batches,
+        rounds=rounds,
         generate=generate,
         folders=folders or {},
     )
@@ -139,11 +145,12 @@ def _measure(
     split: str,
     seconds: float,
     batches: int,
+    rounds: int,
     generate: int,
     folders: Mapping[str, str | Path],
 ) -> dict[str, Measurement]:
-    if batch_size < 1 or batches < 1:
-        raise LeanError(f"batch_size is {batch_size} and batches {batches}: give at least 1 of each.")
+    if batch_size < 1 or batches < 1 or rounds < 1:
+        raise LeanError(f"batch_size is {batch_size}, batches {batches} and rounds {rounds}: give at least 1 of each.")
     for name in set(runtimes.values()):
         check(name)  # before anything long
     if isinstance(task, str | Path):
@@ -175,7 +182,7 @@ def _measure(
             results[name] |= {"metrics": metrics, "quality": float(task.quality(metrics))}
             results[name] |= {"metric": task.metric, "better": task.better}
     if latency:
-        timings, used = _time(subjects, real, seconds)
+        timings, used = _time(subjects, real, seconds, rounds)
         for name in wanted:
             results[name] |= _timing(timings[name], batch_size, paired=len(subjects) > 1)
             if subjects[name].ready.name.startswith("torch"):  # what torch allocates says nothing of other runtimes
@@ -206,7 +213,7 @@ def _static(subject: Subject) -> dict[str, Any]:
 
 
 def _time(
-    subjects: Mapping[str, Subject], real: Mapping[str, RealBatches], seconds: float
+    subjects: Mapping[str, Subject], real: Mapping[str, RealBatches], seconds: float, rounds: int
 ) -> tuple[dict[str, Timing], dict[str, RealBatches]]:
     """Timings of all, and the batches that they were timed on: fewer where a round would take too long."""
     counts = {len(r.batches) for r in real.values()}
@@ -214,9 +221,9 @@ def _time(
     if len(counts) == 1 and (total := counts.pop()) > 1:
         middle = {name: r.keep(spread(total, 1)) for name, r in real.items()}
         once = sum(warm_up(_candidates(subjects, middle)).values())
-        allowed = int(seconds / (MIN_ROUNDS * max(once, 1e-9)))
+        allowed = int(seconds / (rounds * max(once, 1e-9)))
         used = {name: r.keep(spread(total, allowed)) for name, r in real.items()}
-    return time_together(_candidates(subjects, used), seconds=seconds), used
+    return time_together(_candidates(subjects, used), seconds=seconds, min_rounds=rounds), used
 
 
 def _candidates(subjects: Mapping[str, Subject], real: Mapping[str, RealBatches]) -> dict[str, Candidate]:

@@ -32,9 +32,11 @@ def subject_of(source: Any, task: Any, runtime: str, folder: str | Path | None) 
     model, tokenizer = source if isinstance(source, tuple) else (source, None)
     if isinstance(model, str | Path):
         from leanformers.tasks import load
+        from leanformers.tasks.loading import warn_of_new_head
 
-        place = place or _folder_of(model)
+        place, name = place or _folder_of(model), model
         model, found = load(model, task, "auto")  # as it is stored: that is what is measured
+        warn_of_new_head(model, name)
         tokenizer = tokenizer or found
     prepared = model if isinstance(model, Prepared) else None
     model = prepared.source if prepared is not None else model

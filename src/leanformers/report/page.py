@@ -35,6 +35,7 @@ def render(data: Mapping[str, Any], folder: str | Path | None = None) -> str:
         data=data,
         headline=view.headline(data),
         goals=view.goal_limits(data),
+        at_odds=view.at_odds(data),
         baseline=baseline,
         references=[view.row(data, point, here) for point in data.get("references", ())],
         points=points,

@@ -81,9 +81,10 @@ def better(data: Mapping[str, Any], key: str) -> str:
 
 
 def goal_limits(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each goal as {"text", "key", "limit", "met"}.
+    """Each goal as {"text", "key", "limit", "met", "base"}.
 
-    limit: in the axis's own unit, None where the baseline was not measured. met: frontier points that do.
+    limit: in the axis's own unit, None where the baseline was not measured. met: frontier points that do. base: whether
+    the baseline does.
     """
     from leanformers.frontier.goals import parse
 
@@ -101,8 +102,17 @@ def goal_limits(data: Mapping[str, Any]) -> list[dict[str, Any]]:
         amount = re.sub(r"(\.\d*?)0+(?=\D|$)", r"\1", amount).replace(".×", "×").replace(". ", " ")
         sign = "≤" if goal.upper else "≥"
         met = sum(goal.met(point.get("measurement") or {}, point.get("ratios") or {}) for point in winners)
-        found.append({"text": f"{goal.metric} {sign} {amount}", "key": goal.metric, "limit": limit, "met": met})
+        as_it_is = goal.met(base, data["baseline"].get("ratios") or {})
+        text = f"{goal.metric} {sign} {amount}"
+        found.append({"text": text, "key": goal.metric, "limit": limit, "met": met, "base": as_it_is})
     return found
+
+
+def at_odds(data: Mapping[str, Any]) -> bool:
+    """Whether each goal is reached by some point of the frontier, and all of them by none."""
+    winners = [point for point in data.get("points", ()) if point.get("status") == "frontier"]
+    goals = goal_limits(data)
+    return bool(goals) and all(goal["met"] for goal in goals) and not any(point.get("meets") for point in winners)
 
 
 def letters(data: Mapping[str, Any]) -> dict[str, str]:
@@ -235,6 +245,10 @@ def headline(data: Mapping[str, Any]) -> str:
     if winners:
         verb = "is" if len(winners) == 1 else "are"
         told = f"{tried}; {len(winners)} {verb} beaten by no other on all measures at once."
+    elif {str(point.get("status")) for point in points} & {"estimated", "dominated"} == {"estimated"}:
+        told = (
+            f"{tried}, by estimates alone: none was run in full in the time given. The same command goes on from here."
+        )
     if not recipes:
         spent = f" ({seconds(data['seconds'])} went into the baseline)" if data.get("seconds") else ""
         told = f"No recipe has been tried yet{spent}: the same command goes on from here."

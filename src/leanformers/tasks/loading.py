@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     *,
     trust_remote_code: bool = False,
+    weights: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in eval mode with its tokenizer.
 
@@ -35,6 +37,7 @@ def load(
         task: decides the head; None takes the class that the checkpoint was saved from.
         dtype: None: float32, which trains and is the fast one on most CPUs; "auto": the checkpoint's own.
         trust_remote_code: as in `from_pretrained`; code from a checkpoint never runs without it.
+        weights: False gives the structure alone, with its tensors on the meta device, in no memory.
 
     Raises:
         LeanError: no such model, or one whose architecture the task cannot use.
@@ -58,6 +61,8 @@ def load(
     wanted: dict[str, Any] = {"dtype": torch.float32 if dtype is None else dtype}
     if trust_remote_code:
         wanted["trust_remote_code"] = True
+    if not weights:
+        wanted["device_map"] = "meta"
     permutation = None
     if task is not None and task.kind in ("text-classification", "text-regression"):
         head, permutation = _head(config, task)
@@ -76,6 +81,16 @@ def load(
 def has_new_head(model: PreTrainedModel) -> bool:
     """Whether `load` started the task's head from random numbers: the model needs fine-tuning first."""
     return bool(getattr(model, "_leanformers_new_head", False))
+
+
+def warn_of_new_head(model: PreTrainedModel, source: Any) -> None:
+    """Say that a model's answers are random where `load` had to make up its head."""
+    if has_new_head(model):
+        logger.warning(
+            "%s has no head for this task: it gets a random one, and its quality says nothing. Give a model that was "
+            "trained on the task; leanformers slim trains it first.",
+            source,
+        )
 
 
 def _resolve(source: Any) -> str:
@@ -112,8 +127,10 @@ def _config(path: str, trust_remote_code: bool) -> PretrainedConfig:
     except Exception as error:
         if Path(path).is_dir():
             raise LeanError(f"The config.json of {path} cannot be read ({_sentence(error)}).") from error
+        close = difflib.get_close_matches(path, MODELS, 1)
+        guess = f" (did you mean {close[0]!r}?)" if close else ""
         raise LeanError(
-            f"There is no model {path}: it is no folder, none of {', '.join(MODELS)}, and the hub did not "
+            f"There is no model {path}{guess}: it is no folder, none of {', '.join(MODELS)}, and the hub did not "
             f"give it ({_sentence(error)})."
         ) from error
 
