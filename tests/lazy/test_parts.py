@@ -46,6 +46,14 @@ def test_rows_in_order_are_read_without_a_copy():
     assert found.data_ptr() == rows.buffers[0].data_ptr()
 
 
+def test_positions_beyond_all_that_came_are_not_here():
+    """In decoding, tokens pass a layer by whose waiting rows were filled by the prompt alone."""
+    rows = Rows()
+    rows.put(torch.tensor([0, 2]), torch.zeros(1, 2, 3), length=3)
+    asked = torch.tensor([0, 1, 2, 66, 67, 500])  # two thirds beyond the slots that there are
+    assert rows.has(asked).tolist() == [True, False, True, False, False, False]
+
+
 def test_the_default_places_keep_three_fifths():
     layers = spread(30)
     assert layers == (8, 13, 19, 24)

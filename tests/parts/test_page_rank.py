@@ -8,7 +8,7 @@ import torch
 
 from leanformers.errors import LeanError
 from leanformers.parts.page_rank import PageRank
-from leanformers.parts.token_rules import make_rule
+from leanformers.parts.token_rules import Rule, make_rule
 
 
 def attention(batch: int = 2, heads: int = 3, length: int = 12, sharp: float = 1.0, seed: int = 0) -> torch.Tensor:
@@ -143,6 +143,17 @@ def test_counts_of_numbers_and_tensors_agree(keep, drop, last):
     protected = 2 + last
     survivors = 197 - protected - min(drop, (197 - protected) // 2)
     assert found[197] == protected + -(-round(keep * 100) * survivors // 100)
+
+
+def test_a_rule_with_scores_of_its_own_leaves_the_kernel():
+    class Other(PageRank):
+        def scores(self, place, probabilities, key, real):
+            return probabilities[:, :, 0].mean(1)
+
+    class Same(PageRank):
+        pass
+
+    assert Other.attended is Rule.attended and Same.attended is PageRank.attended is not Rule.attended
 
 
 @pytest.mark.parametrize(

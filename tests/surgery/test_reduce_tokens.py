@@ -12,6 +12,7 @@ from leanformers.anatomy import Anatomy
 from leanformers.errors import LeanError
 from leanformers.measure.cost import count_flops
 from leanformers.parts import token_reducers
+from leanformers.parts.page_rank import PageRank
 from leanformers.parts.token_reducers import reduction
 from leanformers.surgery import DropLayers, DropSublayers, KeepNeurons, ReduceTokens, SwapAttention, apply, ledger
 from leanformers.surgery.edits.reduce_tokens import set_default
@@ -56,6 +57,23 @@ def test_a_batch_equals_one_at_a_time(family, where):
         if family in PADDED:
             one = {name: tensor[:, : int(one["attention_mask"].sum())] for name, tensor in one.items()}
         torch.testing.assert_close(together[index : index + 1], outputs(model, one), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["vit", "bert"])
+def test_a_batch_beyond_the_caches_goes_through_in_parts(family, monkeypatch):
+    model = reduced(family)
+    batch = inputs(model, batch=5, length=9, padded=True)
+    together = outputs(model, batch)
+    kept = [left.index for left in reduction(model).left.values()]
+    length = reduction(model).left[0].length
+    monkeypatch.setattr(token_reducers, "_CACHED", 2 * 4 * model.config.num_attention_heads * length**2)
+    seen = []
+    scores = PageRank.scores
+    monkeypatch.setattr(PageRank, "scores", lambda rule, place, *a: seen.append(len(a[0])) or scores(rule, place, *a))
+    torch.testing.assert_close(outputs(model, batch), together, rtol=1e-5, atol=1e-5)
+    assert seen[:3] == [2, 2, 1]
+    again = [left.index for left in reduction(model).left.values()]
+    assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
 
 
 @pytest.mark.parametrize("family", PADDED)

@@ -45,7 +45,9 @@ class Rows:
         """Whether each of the positions is here, bool [tokens]."""
         if self.slots is None:
             return torch.zeros_like(positions, dtype=torch.bool)
-        return (self.slots[positions.to(self.slots.device)] >= 0).to(positions.device)
+        here, last = positions.to(self.slots.device), len(self.slots) - 1
+        found = (self.slots[here.clamp_max(last)] >= 0) & (here <= last)  # later tokens may never have come by here
+        return found.to(positions.device)
 
     def get(self, positions: Tensor) -> tuple[Tensor, ...]:
         """The tensors of these tokens, in the order given; all of them must be here. Ascending positions of all that

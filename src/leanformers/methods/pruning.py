@@ -32,6 +32,11 @@ def prunable(anatomy: Anatomy) -> list[tuple[str, Tensor]]:
     return found
 
 
+def weight_of(subject: Subject, path: str) -> Tensor:
+    """The weight [out, in] of one linear of the blocks as it is now. A list of all would keep those that are masked."""
+    return subject.anatomy.linears()[path].weight()
+
+
 def drop_smallest(score: Tensor, count: int) -> Tensor:
     """Bool mask of the scores' shape, false at the ``count`` smallest; equal ones go in order of position."""
     if count == 0:

@@ -83,6 +83,9 @@ def prefill(
         attention_mask: [prompts, length], 0 at padding.
         path: one of `PATHS`; by default varlen where there is a kernel for it.
 
+    Returns:
+        What `generate(**prefilled)` goes on from: the cache, the left-padded ids and their mask.
+
     Raises:
         LeanError: a model or prompts that cannot be packed; the sentence says why.
     """

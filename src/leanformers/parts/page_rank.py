@@ -7,13 +7,14 @@ those that it looks at; the votes, repeated, are weighted PageRank.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from leanformers.errors import LeanError
+from leanformers.kernels import token_votes
 from leanformers.parts.token_reducers import rows
 from leanformers.parts.token_rules import (
     RULES,
@@ -62,7 +63,8 @@ class PageRank(Rule):
             raise LeanError(f"start is {start!r}: give 'class' or 'uniform'.")
         if variance is not None and (len(variance) != 2 or not 0 <= variance[0] <= variance[1]):
             raise LeanError(f"variance is {variance!r}: give a lower and an upper bound, or null for none.")
-        self.start, self.variance, self.keep_last = start, variance, keep_last
+        self.start, self.keep_last = start, keep_last
+        self.variance = None if variance is None else (float(variance[0]), float(variance[1]))
         self.protected = specials + int(keep_last)
 
     def idle(self, place: int) -> bool:
@@ -90,6 +92,22 @@ class PageRank(Rule):
         if self.keep_last:
             scores = scores.masked_fill(_last(probabilities, real), float("inf"))
         return scores
+
+    def attended(self, place: int, query: Tensor, key: Tensor, scaling: float, real: Tensor | None) -> Tensor | None:
+        if not token_votes.fits(query, key):
+            return None
+        favoured, variance = self.start == "class", self.variance
+        voting = partial(token_votes.votes, query, key, specials=self.specials, scaling=scaling, favoured=favoured)
+        rounds, alive = self.votes[place], real
+        found: Tensor | None = None
+        if drop := self.drop[place]:
+            found = voting(real, rounds=1)
+            alive = token_votes.copies(
+                found, key, real, drop=drop, specials=self.specials, variance=variance, keep_last=self.keep_last
+            )
+        if self.keep[place] < 1.0 or found is None:  # among survivors alone, the rows of attention sum to 1 again
+            found = voting(alive, rounds=rounds)
+        return token_votes.joined(found, alive, real, variance=variance, keep_last=self.keep_last)
 
     def importance(self, probabilities: Tensor, alive: Tensor | None, votes: int, *, renormalise: bool) -> Tensor:
         """Importance [batch, length] of the tokens in ``alive`` (bool [batch, length], None: all).
@@ -146,7 +164,8 @@ class PageRank(Rule):
         better = first_of(order, open_size(most - most // 2))
         place_of = torch.arange(half, device=found.device)
         worse = order.gather(1, (size - 1 - place_of).expand(batch, -1).clamp(min=0))  # the least important first
-        features = functional.normalize(key.transpose(1, 2).flatten(2).float(), dim=-1)  # [batch, length, width]
+        features = key.transpose(1, 2).flatten(2).float()  # [batch, length, width]
+        features = features * features.square().sum(-1, keepdim=True).clamp(min=1e-24).rsqrt()
         alike = rows(features, worse) @ rows(features, better).transpose(1, 2)  # [batch, half, length of better]
         if real is not None:
             there = torch.arange(better.shape[1], device=found.device) < size - size // 2  # [batch, better]

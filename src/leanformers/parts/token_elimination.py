@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from leanformers.errors import LeanError
+from leanformers.kernels import token_votes
 from leanformers.parts.token_rules import RULES, Count, Rule, at_least, at_most, numbers, share_of
 from leanformers.parts.token_schedule import LayerCost, check_curve, gamma_for, speedup
 
@@ -81,6 +82,12 @@ class Received(Rule):
 
     def count(self, place: int, entering: Count, first: Count) -> Count:
         return at_most(entering, at_least(max(1, self.specials), share_of(self.share(place), first)))
+
+    def attended(self, place: int, query: Tensor, key: Tensor, scaling: float, real: Tensor | None) -> Tensor | None:
+        if not token_votes.fits(query, key):
+            return None
+        given = token_votes.votes(query, key, real, rounds=1, specials=0, scaling=scaling, favoured=False)
+        return given.mean(1)  # each real query has an equal vote
 
     def scores(self, place: int, probabilities: Tensor, key: Tensor, real: Tensor | None) -> Tensor:
         if real is None:

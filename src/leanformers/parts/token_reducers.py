@@ -1,9 +1,10 @@
 """Token reduction: in some layers a part of the tokens is dropped for good, and all later layers see fewer.
 
 A reducer stands in an attention as its mixer (`parts.attention`). It is softmax attention with its probabilities
-written out, which a rule (`parts.token_rules`) turns into scores; the tokens that stay are gathered, in their order, by
-hooks: after the layer, or between its attention and its feed-forward. In a pre-norm layer the latter leaves the stream
-itself whole until the layer ends, since the layer adds to it: the feed-forward runs on what stays, the rest gets zeros.
+written out, which a rule (`parts.token_rules`) turns into scores, or SDPA where the rule has a kernel that scores from
+queries and keys (`kernels.token_votes`). The tokens that stay are gathered, in their order, by hooks: after the layer,
+or between its attention and its feed-forward. In a pre-norm layer the latter leaves the stream itself whole until the
+layer ends, since the layer adds to it: the feed-forward runs on what stays, the rest gets zeros.
 
 Batches may be padded. Every text then keeps its own count, as it would alone; what a shorter one leaves over is
 padding, which the attention function masks in later layers. All shapes follow from the input's, never from its values.
@@ -23,9 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from leanformers.errors import LeanError
+from leanformers.kernels import token_votes
 from leanformers.parts.token_rules import Rule, lowest, open_size, ranked
 
 PLACES = ("after_layer", "before_feed_forward")
+_CACHED = 4 << 20  # bytes of probabilities
 _NAME = "kept_tokens"  # of the attribute by which modules find the shared state
 
 
@@ -64,24 +67,20 @@ class Reduction:
         return self.left[max(self.left)] if self.left else None
 
     @torch.no_grad()
-    def choose(self, place: int, probabilities: Tensor, key: Tensor, real: Tensor | None) -> None:
-        """Decide what stays; arguments as of `Rule.scores`."""
+    def choose(self, place: int, scores: Tensor, real: Tensor | None) -> None:
+        """Decide what stays; scores and real as of `Rule.scores`."""
         rule, before = self.rule, self.below(place)
-        length = probabilities.shape[-1]
+        length = scores.shape[-1]
         first_length = length if before is None else before.first_length
         size = rule.count(place, length, first_length)
-        scores = rule.scores(place, probabilities, key, real)
-        front = torch.arange(length, device=scores.device) < rule.specials
-        scores = (scores if real is None else lowest(real, scores)).masked_fill(front, float("inf"))
-        index = ranked(scores, size if real is None else open_size(size))
         if real is None:
-            self.left[place] = Kept(length, index.sort(-1).values, None, size, first_length, first_length)
+            index = _top(scores, size, rule.specials)
+            self.left[place] = Kept(length, index, None, size, first_length, first_length)
             return
         entering = real.sum(-1)
         first = entering if before is None else before.first
         counts = rule.count(place, entering, torch.as_tensor(first, device=real.device))
-        stays = torch.arange(index.shape[1], device=real.device) < counts[:, None]
-        index = index.masked_fill(stays.logical_not(), length).sort(-1).values
+        index = _top(lowest(real, scores), open_size(size), rule.specials, counts)
         left = (index < length) & real.gather(1, index.clamp(max=length - 1))
         self.left[place] = Kept(length, index, left, counts, first, first_length)
 
@@ -90,7 +89,7 @@ class Reduction:
         kept = self.left.get(place)
         if kept is None or kept.index is None:
             return states
-        return rows(states, kept.index.clamp(max=kept.length - 1))
+        return rows(states, kept.index if kept.real is None else kept.index.clamp(max=kept.length - 1))
 
     def spread(self, place: int, states: Tensor) -> Tensor:
         """Undo `gather`, with zeros for what was dropped."""
@@ -100,6 +99,19 @@ class Reduction:
         whole = states.new_zeros(states.shape[0], kept.length + 1, states.shape[2])
         index = kept.index[:, :, None].expand(-1, -1, states.shape[2])
         return whole.scatter(1, index, states)[:, : kept.length]
+
+
+def _top(scores: Tensor, size: int, specials: int, counts: Tensor | None = None) -> Tensor:
+    """The places of the largest scores [batch, length], ascending, int64 [batch, size]; see `token_votes.top`."""
+    if token_votes.ranks(scores):
+        return token_votes.top(scores, size, specials, counts)
+    length = scores.shape[-1]
+    front = torch.arange(length, device=scores.device) < specials
+    index = ranked(scores.masked_fill(front, float("inf")), size)
+    if counts is not None:
+        stays = torch.arange(index.shape[1], device=scores.device) < counts[:, None]
+        index = index.masked_fill(stays.logical_not(), length)
+    return index.sort(-1).values
 
 
 def rows(states: Tensor, index: Tensor) -> Tensor:
@@ -156,15 +168,59 @@ class TokenReducer(nn.Module):
         wide, values = key, value
         if groups > 1:
             wide, values = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        shared, number = self.place.reduction, self.place.number
+        found = shared.rule.attended(number, query.detach(), key.detach(), scaling, padding)
+        if found is not None:
+            shared.choose(number, found, padding)
+            seen = None if padding is None else padding[:, None, None]
+            mixed = functional.scaled_dot_product_attention(
+                query, wide, values, attn_mask=seen, dropout_p=dropout if self.training else 0.0, scale=scaling
+            )
+            return mixed.transpose(1, 2)
+        at_once = self._at_once(query)
+        if at_once >= query.shape[0]:
+            mixed, scores = self._attend(query, wide, values, key, padding, scaling, dropout)
+        else:
+            done = [
+                self._attend(
+                    query[part], wide[part], values[part], key[part], None if padding is None else padding[part],
+                    scaling, dropout,
+                )
+                for part in (slice(low, low + at_once) for low in range(0, query.shape[0], at_once))
+            ]  # fmt: skip
+            mixed, scores = (torch.cat(parts) for parts in zip(*done, strict=True))
+        shared.choose(number, scores, padding)
+        return mixed
+
+    def _at_once(self, query: Tensor) -> int:
+        """Inputs whose probabilities are written out together: on a CPU as many as its caches hold, or they would go to
+        memory and back with each vote."""
+        batch, heads, length, _ = query.shape
+        if query.device.type != "cpu" or torch.compiler.is_compiling() or query.requires_grad:
+            return batch
+        return max(1, _CACHED // (4 * heads * length * length))
+
+    def _attend(
+        self,
+        query: Tensor,
+        wide: Tensor,
+        values: Tensor,
+        key: Tensor,
+        padding: Tensor | None,
+        scaling: float,
+        dropout: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Mixed values [batch, length, heads, head_dim] and the rule's scores."""
         scores = (query * scaling) @ wide.transpose(-1, -2)  # [batch, heads, length, length]
         if padding is not None:
             scores = scores.masked_fill(padding[:, None, None].logical_not(), torch.finfo(scores.dtype).min)
         probabilities = scores.softmax(-1, dtype=torch.float32)
-        self.place.reduction.choose(self.place.number, probabilities.detach(), key.detach(), padding)
+        place = self.place
+        found = place.reduction.rule.scores(place.number, probabilities.detach(), key.detach(), padding)
         mixed = probabilities.to(values.dtype)
         if self.training:
             mixed = functional.dropout(mixed, dropout)
-        return (mixed @ values).transpose(1, 2)
+        return (mixed @ values).transpose(1, 2), found
 
     # -- cost, for the anatomy ------------------------------------------------------------------------------
 

@@ -34,6 +34,10 @@ class Rule:
     def __init__(self, places: int, specials: int) -> None:
         self.places, self.specials = places, specials
 
+    def __init_subclass__(cls) -> None:
+        if "scores" in cls.__dict__ and "attended" not in cls.__dict__:  # other scores than the inherited kernel's
+            cls.attended = Rule.attended  # type: ignore[method-assign]
+
     def call(self, inputs: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         """A call of the model begins with these inputs, and ``given`` of the keywords; it ends with nothing given."""
 
@@ -53,6 +57,10 @@ class Rule:
         key: [batch, key/value heads, length, head_dim]. real: bool [batch, length], None where nothing is padding.
         """
         raise NotImplementedError
+
+    def attended(self, place: int, query: Tensor, key: Tensor, scaling: float, real: Tensor | None) -> Tensor | None:
+        """`scores` without probabilities, where a kernel works them out; query as key, with its own heads."""
+        return None
 
     def flops(self, place: int, tokens: int, heads: int, width: int) -> int:
         """FLOPs of the matrix products of ``scores`` for one text; width: of the keys of all heads together."""
@@ -132,5 +140,7 @@ def ranked(scores: Tensor, size: int | None = None) -> Tensor:
 
 def first_of(order: Tensor, size: int) -> Tensor:
     """The first ``size`` columns of places [batch, length]; beyond the end the last one again."""
-    # A slice would have an export settle whether it is the whole.
+    if size <= order.shape[1] and not torch.compiler.is_compiling():
+        return order[:, :size]
+    # There a slice would have an export settle whether it is the whole.
     return order.index_select(1, torch.arange(size, device=order.device).clamp(max=order.shape[1] - 1))

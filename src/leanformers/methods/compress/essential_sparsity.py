@@ -19,7 +19,7 @@ import torch
 from leanformers.anatomy import Anatomy
 from leanformers.errors import LeanError
 from leanformers.methods.base import Subject, method, setting
-from leanformers.methods.pruning import drop_smallest, global_counts, prunable
+from leanformers.methods.pruning import drop_smallest, global_counts, prunable, weight_of
 from leanformers.parts.masked import parse_pattern
 from leanformers.surgery import MaskWeights
 
@@ -35,16 +35,13 @@ class EssentialSparsity:
     scores: Literal["magnitude", "random"] = setting("magnitude", help="random is the baseline")
 
     def __call__(self, subject: Subject) -> None:
-        anatomy = subject.anatomy
-        linears = prunable(anatomy)
         if self.pattern != "unstructured":
-            for path, weight in linears:
-                score = self._score(path, weight, subject.seed)
+            for path in [path for path, _ in prunable(subject.anatomy)]:
+                score = self._score(path, weight_of(subject, path), subject.seed)
                 subject.apply(MaskWeights(path=path, pattern=self.pattern), mask=keep_n_of_m(score, self.pattern))
             return
-        counts = self._counts(linears, subject.seed)
-        for path, weight in linears:
-            mask = drop_smallest(self._score(path, weight, subject.seed), counts[path])
+        for path, count in self._counts(prunable(subject.anatomy), subject.seed).items():
+            mask = drop_smallest(self._score(path, weight_of(subject, path), subject.seed), count)
             subject.apply(MaskWeights(path=path), mask=mask)
 
     def _score(self, path: str, weight: torch.Tensor, seed: int) -> torch.Tensor:

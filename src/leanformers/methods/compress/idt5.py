@@ -37,7 +37,6 @@ NOT_TEXT = ("label", "labels", "target")
     needs=("text", "tokenizer"),
     suits={"kinds": TEXT_KINDS},
     paper="Fuadi, Wibawa, Sumpeno (2023)",
-    title="Keep vocabulary",
 )
 @dataclass(frozen=True, kw_only=True)
 class KeepVocabularyMethod:

@@ -112,6 +112,7 @@ class Obert:
         masks = {path: mask_of(anatomy.module(path)) for path in weights}
         if total <= sum(int((~_live(mask, group)).sum()) for mask in masks.values() if mask is not None):
             return
+        del anatomy  # it would keep the linears that are masked one by one
         passes = self._passes(subject, weights)
         scores: dict[str, Tensor] = {}  # [weights / group] each; on the CPU, since all are held together
         inverses: dict[str, fisher.BlockFisher] = {}
@@ -133,9 +134,9 @@ class Obert:
                 if len(passes) > 1:
                     waiting[path] = weight.cpu(), mask.cpu()
                 else:
-                    _settle(subject, path, weights[path], weight, mask)
-        for path, (weight, mask) in waiting.items():
-            _settle(subject, path, weights[path], weight, mask)
+                    _settle(subject, path, weights.pop(path), weight, mask)
+        for path in list(waiting):
+            _settle(subject, path, weights.pop(path), *waiting.pop(path))
 
     def _moved(self, weight: Tensor, before: Tensor | None, mask: Tensor, inverse: fisher.BlockFisher) -> Tensor:
         """The weight [out, in] with the update for what the mask takes away and the one before did not."""
@@ -217,7 +218,9 @@ class Obert:
             if self.pattern == "4-block" and (reason := self._ungrouped(path, weight, anatomy)):
                 return reason
             table = getattr(anatomy.embeddings, "weight", None)
-            if table is not None and weight.data_ptr() == table.data_ptr() and not weight.is_meta:
+            if table is not None and (
+                weight is table or (weight.data_ptr() == table.data_ptr() and not weight.is_meta)
+            ):
                 return f"{path} is tied to the embeddings, which stay dense"
         if self.steps > 1 and not self.cycle_epochs:
             return "several steps need training between them: set cycle_epochs, or take recomputations instead"
@@ -232,7 +235,7 @@ class Obert:
                 f"fours), not {self._block}"
             )
         mask = mask_of(anatomy.module(path))
-        if mask is not None and bool((mask.view(-1, 4) != mask.view(-1, 4)[:, :1]).any()):
+        if mask is not None and not mask.is_meta and bool((mask.view(-1, 4) != mask.view(-1, 4)[:, :1]).any()):
             return f"{path} has single zeros, which 4-block cannot count: take pattern unstructured"
         return None
 

@@ -52,14 +52,13 @@ class Optin:
     def __call__(self, subject: Subject) -> None:
         if self.budget == 1.0:
             return
-        anatomy = subject.anatomy
         batch = next(subject.calibration(self.samples, batch_size=self.samples))
         subject.check_calibration("optin", [batch])
         batch = _shortened(batch, self.tokens)
         scores = Scorer(subject, batch, self).scores()
         length = float(_real(batch).sum()) / len(_real(batch))
-        for index, (heads, neurons) in enumerate(select(anatomy, scores, self.budget, length)):
-            layer = anatomy.layers[index]
+        for index, (heads, neurons) in enumerate(select(subject.anatomy, scores, self.budget, length)):
+            layer = subject.anatomy.layers[index]  # one map for all would keep the layers as they were
             if len(heads) < layer.attention.num_key_value_heads:
                 subject.apply(KeepHeads(path=layer.attention.path, size=len(heads)), keep=torch.tensor(heads))
             if len(neurons) < layer.feed_forward.intermediate_size:

@@ -33,8 +33,7 @@ class Quantization:
     skip: tuple[str, ...] = setting((), help="roles left in float: query, key, value, output, gate, up, down")
 
     def __call__(self, subject: Subject) -> None:
-        anatomy = subject.anatomy
-        paths = self._paths(anatomy)
+        paths = self._paths(subject.anatomy)  # a map that is kept would keep the linears in floats
         if not paths and not self.embeddings:
             raise LeanError("method 'quantization': no linear of the layers is left to quantise; check skip.")
         for path in paths:

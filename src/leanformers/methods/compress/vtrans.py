@@ -199,18 +199,17 @@ def _heads(anatomy: Anatomy) -> bool:
 
 def harden(subject: Subject, gates: Any) -> None:
     """Fold the means of the gates into the weights around them, and cut out the units that are not kept."""
-    anatomy = subject.anatomy
     if gates.hidden is not None:
-        scale_residual(anatomy, gates.hidden.mean)
-    for layer, neurons in zip(anatomy.layers, gates.neurons, strict=True):
-        part = layer.feed_forward
+        scale_residual(subject.anatomy, gates.hidden.mean)
+    for index, neurons in enumerate(gates.neurons):
+        part = subject.anatomy.layers[index].feed_forward  # one map for all would keep the layers as they were
         if not part.absent:
             scale_linear(part.down.module, 1, neurons.mean)
             if not neurons.keep.all():
                 keep = neurons.keep.nonzero().flatten().cpu()
                 subject.apply(KeepNeurons(path=part.path, size=len(keep)), keep=keep)
-    for layer, heads in zip(anatomy.layers, gates.heads, strict=False):  # no gates where heads cannot go
-        attention = layer.attention
+    for index, heads in enumerate(gates.heads):  # none where heads cannot go
+        attention = subject.anatomy.layers[index].attention
         if not attention.absent:
             width = attention.num_attention_heads // attention.num_key_value_heads * attention.head_dim
             scale_linear(attention.output.module, 1, heads.mean.repeat_interleave(width))

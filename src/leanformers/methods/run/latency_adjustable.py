@@ -164,6 +164,10 @@ def observe(subject: Subject, samples: int) -> tuple[list[float], float]:
 def set_speedup(model: Any, speedup: float) -> None:
     """Serve this speedup from now on, and where the model is saved and loaded again; weights stay as they are.
 
+    Args:
+        model: one that `latency-adjustable` was applied to, edited in place.
+        speedup: how many times less the layers compute than without elimination; 1 or more.
+
     Raises:
         LeanError: the model has no elimination, or its curve does not reach the speedup.
     """

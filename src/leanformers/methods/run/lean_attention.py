@@ -15,6 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from leanformers.anatomy import Anatomy
 from leanformers.kernels.decode import refusal_of_device
 from leanformers.methods.base import Saving, Subject, method
@@ -41,8 +43,11 @@ class LeanAttention:
         if not anatomy.swappable_attention:
             return "it computes its attention itself"
         weight = next(parameter for parameter in anatomy.model.parameters() if parameter.is_floating_point())
+        device = weight.device
+        if weight.is_meta:  # a skeleton is advised on for where it would run
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for size in sorted({attention.head_dim for attention in decoding}):
-            if (refused := refusal_of_device(weight.device, weight.dtype, size)) is not None:
+            if (refused := refusal_of_device(device, weight.dtype, size)) is not None:
                 return refused.rstrip(".")
         return None
 

@@ -12,6 +12,7 @@ data (the paper ranks them by accuracy). In texts, an extension of the paper's i
 token, [SEP], stays.
 Cost: attention probabilities are written out, in float32, in the layers that score, and each vote reads them once:
 memory traffic and launches that FLOPs do not show. A small model in half precision on a fast GPU becomes slower by it.
+Kernels that choose without writing them out stand ready, untried on a GPU (`leanformers.kernels.token_votes.ENABLED`).
 """
 
 from __future__ import annotations
