@@ -3,6 +3,8 @@
 512 gradients of batches of 8; one inverse Fisher serves all levels of a model. Recomputations (of the first seed) and
 the update of the weights that stay are tried at damp 1e-6. The zeros are of single weights, so nothing gets faster:
 accuracy at equal sparsity is what counts. Above 70 % nothing is required; the table shows where each rule breaks.
+Outside references, of which nothing is required: Wanda and pruning in the style of SparseGPT, which make a share of
+*each* linear zero (wanda: of each row) where oBERT and magnitude spread the zeros over all.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from claim import Evidence
+from claim import Evidence, arguments
 from common import copied, mean, quality, treat
 from digits import trained
 from leanformers.methods import Subject
 from leanformers.methods.compress.obert import Obert
+from one_shot import RULES as REFERENCES
+from one_shot import prune
 
 SEEDS = (0, 1, 2)
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -47,14 +51,22 @@ def pruned(source: Subject, sparsity: float, **settings: Any) -> float:
     return quality(result)
 
 
+def referenced(source: Subject, rule: str, sparsity: float) -> float:
+    result = copied(source)
+    prune(result, rule, sparsity, 512)
+    return quality(result)
+
+
+given = arguments(__doc__, small=None).parse_args()
 with Evidence(
     "obert",
     claim="One-shot pruning by second order, with the weights that stay moved, keeps far more accuracy than magnitude",
     paper="Kurtic et al. (EMNLP 2022), The Optimal BERT Surgeon, arXiv 2203.07259",
     seeds=SEEDS,
+    folder=given.results,
 ) as evidence:
     dense: list[float] = []
-    rules = ("magnitude", *RULES)
+    rules = ("magnitude", *REFERENCES, *RULES)
     table: dict[str, dict[float, list[float]]] = {rule: {level: [] for level in LEVELS} for rule in rules}
     still: dict[bool, list[float]] = {True: [], False: []}
     recomputed: dict[int, float] = {}
@@ -64,6 +76,8 @@ with Evidence(
         for level in LEVELS:
             magnitude = {"method": "essential-sparsity", "sparsity": level}
             table["magnitude"][level].append(quality(treat(source, magnitude)))
+            for rule in REFERENCES:
+                table[rule][level].append(referenced(source, rule, level))
         for rule, settings in RULES.items():
             for level in LEVELS:
                 table[rule][level].append(pruned(source, level, **settings))
