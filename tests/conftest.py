@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not os.path.exists("/dev/nvidiactl"):  # no GPU: kernels run in the interpreter, which torch's import would rule out
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import gc
 import logging
 import random
 import sys
@@ -22,6 +23,25 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+gc.set_threshold(20_000)  # else two fifths of the time that imports take goes into looking for garbage among them
+
+
+_frozen = 0  # modules that were loaded when the collector last looked away
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Keeps loaded packages out of the collector's sight.
+
+    Searches, measurements, trainings and exports each collect garbage, and would walk every object of torch,
+    transformers and all test modules each time, for most of a second.
+    """
+    global _frozen
+    if len(sys.modules) >= _frozen + 50:
+        _frozen = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,16 +17,15 @@ from leanformers.deploy import TARGETS, check_stock, exporting, obstacles, proof
 from leanformers.deploy.proof import ProofError
 from leanformers.errors import LeanError
 from leanformers.methods import get
-from leanformers.runtimes import runtimes
+from leanformers.runtimes import aot, prepare, runtimes
 from leanformers.surgery import DropLayers, FactoriseLinear, KeepHeads, KeepNeurons, MaskWeights, PrunePrompt
 
 
 @pytest.fixture(autouse=True)
-def hurried(request, monkeypatch, fresh):
-    """Timing as short as it can be, and proofs in processes that are forked."""
+def hurried(monkeypatch, fresh):
+    """Timing as short as it can be, and proofs in processes that are forked; tests/test_cli.py has one that is started."""
     monkeypatch.setattr(exporting, "SECONDS", 0.1)
-    if request.function is not test_a_stock_model_needs_no_import:  # that one starts a process
-        monkeypatch.setattr(proof, "subprocess", SimpleNamespace(run=fresh.run))
+    monkeypatch.setattr(proof, "subprocess", SimpleNamespace(run=fresh.run))
 
 
 def lean_encoder(keep=(0, 2)):
@@ -41,12 +42,15 @@ def exported(subject, to, out, **options):
 
 
 @pytest.mark.parametrize(("to", "quantize"), [("onnx", None), ("onnx", "int8"), ("openvino", None), ("torch", None)])
-def test_a_lean_encoder_is_exported_proved_and_measured(to, quantize, tmp_path):
+def test_a_lean_encoder_is_exported_proved_and_measured(to, quantize, tmp_path, monkeypatch, capfd):
     refusal = runtimes()[TARGETS[to].runtime].refusal()
     if refusal:
         pytest.skip(refusal)
     keep = (0, 2) if to in ("onnx", "openvino") and not quantize else (1,)  # compiling and int8 take longest
-    done = exported(lean_encoder(keep), to, tmp_path / "out", quantize=quantize)
+    subject = lean_encoder(keep)
+    if to == "torch":
+        lean.edit(subject.model, KeepHeads(path="encoder.layer.0.attention.self", size=3), keep=torch.tensor([0, 1, 3]))
+    done = exported(subject, to, tmp_path / "out", quantize=quantize)
     assert done.proof.cases == 4 and done.proof.difference <= 1e-3
     assert done.measurement.runtime == TARGETS[to].runtime + ("-int8" if quantize else "")
     assert {"latency", "quality", "bytes"} <= set(done.ratios)
@@ -54,6 +58,25 @@ def test_a_lean_encoder_is_exported_proved_and_measured(to, quantize, tmp_path):
     record = json.loads((tmp_path / "out" / "leanformers.json").read_text())
     assert record["target"] == to and record["measurement"]["bytes"] > 0
     assert not [path for path in tmp_path.iterdir() if path.name != "out"]
+    if to == "torch":
+        assert not "".join(capfd.readouterr()).strip()  # a library may end lines as it is loaded
+        the_runtime_of_a_package_answers_as_its_model(subject, tmp_path / "out" / "model.pt2", monkeypatch)
+
+
+def the_runtime_of_a_package_answers_as_its_model(subject, package, monkeypatch):
+    """Its graph is the export's: what took half a minute to compile is taken from there."""
+    monkeypatch.setattr(aot, "compile_package", lambda graph, path: Path(shutil.copy(package, path)))
+    prepared = prepare(subject.model, subject.task, "torch-aot")
+    sizes = ((2, 7), (3, 11), (1, 5), (5, 2), (1, 1))  # rows, length
+    for rows, length in sizes:
+        ids = torch.randint(4, len(subject.tokenizer), (rows, length), generator=torch.Generator().manual_seed(length))
+        mask = torch.ones_like(ids)
+        mask[0, 1 + length // 2 :] = 0
+        batch = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": mask}
+        with torch.no_grad():
+            wanted = subject.task.forward(subject.model, batch)
+        assert (prepared(batch) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert "torch-aot (cpu, dtype float32" in prepared.describe()
 
 
 def test_dynamic_int8_is_exported_without_the_rounding_of_its_inputs(tmp_path):

@@ -55,13 +55,13 @@ def treated(subject: Subject, slug: str) -> Subject | str:
     return reason or execute([{"method": slug, **SETTINGS[slug]}], subject)
 
 
-def fresh(make: str) -> Subject:
+def untouched(make: str) -> Subject:
     return BOTH[make](initializer_range=0.2)
 
 
 @cache
 def alone(make: str, slug: str) -> Subject | str:
-    return treated(fresh(make), slug)
+    return treated(untouched(make), slug)
 
 
 @cache
@@ -79,7 +79,7 @@ def test_every_method_has_settings_here_that_change_a_tiny_model(slug):
     done = {make: one for make, one in results.items() if isinstance(one, Subject)}
     assert done, results
     for make, one in done.items():
-        assert fingerprint(one.model) != fingerprint(fresh(make).model), f"the {make} is as it was"
+        assert fingerprint(one.model) != fingerprint(untouched(make).model), f"the {make} is as it was"
 
 
 @pytest.mark.parametrize(("make", "first", "second"), PAIRS)
@@ -91,9 +91,9 @@ def test_a_pair_gives_a_model_or_one_sentence(make, first, second):
 
 
 @pytest.mark.slow
-def test_every_pair_reloads_to_the_bit_in_a_new_process(tmp_path):
+def test_every_pair_reloads_to_the_bit_in_a_new_process(tmp_path, fresh):
     for make, first, second in PAIRS:
         found = outcome(make, first, second)  # from the test above, where the same process ran it
         if isinstance(found, Subject):
             keep(found.model, make, tmp_path / f"{make}-{first}-{second}")
-    assert reload(tmp_path) == {}
+    assert reload(tmp_path, fresh) == {}

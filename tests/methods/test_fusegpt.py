@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -118,7 +117,7 @@ def test_parameters_drop_by_the_blocks_and_the_result_is_stock(family):
     assert not any(parameter.grad is not None for parameter in of.model.parameters())
 
 
-def test_plain_transformers_loads_it_in_a_process_without_leanformers(tmp_path):
+def test_plain_transformers_loads_it_in_a_process_without_leanformers(tmp_path, fresh):
     wanted = {}
     for family in ("llama", "qwen3", "gemma3", "gpt2", "opt", "phi3", "gpt-neox", "bert", "vit"):
         of = fuse(subject(family))
@@ -138,7 +137,7 @@ for family, name in json.loads(sys.argv[2]).items():
 print(json.dumps([failed, "leanformers" in sys.modules]))
 """
     command = [sys.executable, "-c", code, str(tmp_path), json.dumps(wanted)]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = fresh.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert json.loads(run.stdout.splitlines()[-1]) == [{}, False]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import subprocess
 import sys
 
 import pytest
@@ -183,7 +182,7 @@ assert "leanformers" not in sys.modules
 """
 
 
-def test_saved_it_is_a_stock_checkpoint(tmp_path):
+def test_saved_it_is_a_stock_checkpoint(tmp_path, fresh):
     """Loaded by transformers alone, in a process of its own, bit for bit."""
     cases = {}
     for name in MAKERS:
@@ -201,7 +200,7 @@ def test_saved_it_is_a_stock_checkpoint(tmp_path):
         assert cases[name][2] == new["input_ids"][0].tolist()
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, "-c", RELOAD]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = fresh.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

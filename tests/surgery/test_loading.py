@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -80,8 +79,8 @@ assert "leanformers" not in sys.modules
 """
 
 
-def test_without_the_import_nothing_loads(folder):
-    run = subprocess.run([sys.executable, "-c", WITHOUT, str(folder)], capture_output=True, text=True)
+def test_without_the_import_nothing_loads(folder, fresh):
+    run = fresh.run([sys.executable, "-c", WITHOUT, str(folder)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.split("\n")[:-1]
     assert lines == [
