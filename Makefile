@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)   ## slim all-MiniLM-L6-v2 on rated sentences and show the frontier (under 10 minutes on 2 cores)
 	$(VENV)/bin/leanformers slim --model minilm --task sentiment --size 4000 --trials 8 --finalists 3 --minutes 9 --runtime torch --goal "latency<=0.6x" --goal "bytes<=0.3x" --goal "quality>=0.98x" --out runs/demo $(ARGS)
 
-test: $(STAMP)   ## the test suite (under 15 minutes on 2 cores)
+test: $(STAMP)   ## the test suite (about 20 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not alone" $(ARGS)
 	$(RUN) -m pytest -m alone $(ARGS) $$(grep -rl --include=test_*.py mark.alone tests) || test $$? = 5 # ARGS may leave none
 

@@ -104,6 +104,24 @@ def test_as_many_models_are_loaded_together_as_half_the_memory_holds(memory):
     assert shelf.groups(sizes, "cpu") == [[name] for name in sizes] and shelf.groups({}, "cpu") == []
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_collections_pass_over_what_was_there_and_the_callers_own_stay_frozen(frozen):
+    gc.unfreeze()
+    if frozen:
+        gc.freeze()
+    before = gc.get_freeze_count()
+    with shelf.settled():
+        assert gc.get_freeze_count() > 0
+        cycle = torch.nn.Identity()
+        cycle.itself = [cycle]
+        gone = weakref.ref(cycle)
+        del cycle
+        gc.collect()
+        assert gone() is None  # what is made inside is collected
+    assert gc.get_freeze_count() == before
+    gc.unfreeze()
+
+
 SETTINGS = {
     "goals": ["latency<=0.9x"],
     "methods": ["drop-layers", "distillation", "quantization"],

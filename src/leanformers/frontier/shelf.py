@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import gc
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,21 @@ def groups(sizes: dict[str, int], device: Any) -> list[list[str]]:
         found[-1].append(name)
         held += size
     return found
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """Inside, collections pass over what is there now: they would walk the million objects of the libraries, for half a
+    second each, and a search collects after every estimate. Nothing changes where the caller has frozen objects."""
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def free() -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from leanformers.frontier.deployed import not_exported
 from leanformers.frontier.goals import Goal, objectives, parse_all, relative
 from leanformers.frontier.result import FILE, Frontier
 from leanformers.frontier.search import Effort, Search
+from leanformers.frontier.shelf import settled
 from leanformers.frontier.space import Space
 from leanformers.frontier.venue import Venue
 from leanformers.methods import Budget, MethodInfo, Subject, get, methods
@@ -111,7 +113,7 @@ def slim(
     recipe = Recipe(model=name_of(model), task=spec_of(task), dtype=dtype, seed=seed)
     folder = Path(out) if out is not None else Path("runs") / _default_name(recipe, the_task)
     say = _teller(progress)
-    with folders.guarding_disk(folder):
+    with folders.guarding_disk(folder), ExitStack() as stack:
         created = _open_run(folder, recipe, the_task, steps, model, first)
         bench = Workbench(
             folder,
@@ -139,6 +141,7 @@ def slim(
             where = f", exported for {first}" if bench.venue.exports else ""
             say(f"baseline: the model as it is, fine-tuned where its head is new{where}")
         baseline = bench.baseline()
+        stack.enter_context(settled())
         sources = source_points(folder, bench.recipe, baseline)
         told = f"{the_task.metric} {baseline.quality:.4g}"
         told += "".join(f" in {first}, {p.measurement.quality:.4g} in torch" for p in sources if p.measurement)
