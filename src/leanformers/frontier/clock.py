@@ -43,16 +43,20 @@ class Clock:
         left = self.left(share)
         return left is not None and left <= 0
 
-    def rows(self, wanted: int | None, there: int, share: float, seconds_each: float, least: int = LEAST) -> int | None:
+    def rows(
+        self, wanted: int | None, there: int, share: float, seconds_each: float, least: int | None = None
+    ) -> int | None:
         """How many of so many rows fit into a share of the time; `wanted` where they all do."""
         if self.minutes is None:
             return wanted
         return fitting(wanted, there, 60 * self.minutes * share, seconds_each, least)
 
 
-def fitting(wanted: int | None, there: int, seconds: float, seconds_each: float, least: int = LEAST) -> int | None:
-    """How many of so many rows fit into these seconds, `least` at least; `wanted`, None for all, where they all do."""
-    rows = max(least, int(seconds / max(seconds_each, 1e-9)))
+def fitting(
+    wanted: int | None, there: int, seconds: float, seconds_each: float, least: int | None = None
+) -> int | None:
+    """How many of so many rows fit into these seconds, LEAST or `least` at least; `wanted`, None for all, where all do."""
+    rows = max(LEAST if least is None else least, int(seconds / max(seconds_each, 1e-9)))
     return wanted if rows >= (there if wanted is None else min(wanted, there)) else rows
 
 
