@@ -55,7 +55,7 @@ class Clock:
 def fitting(
     wanted: int | None, there: int, seconds: float, seconds_each: float, least: int | None = None
 ) -> int | None:
-    """How many of so many rows fit into these seconds, LEAST or `least` at least; `wanted`, None for all, where all do."""
+    """How many of so many rows fit into these seconds, at least LEAST or `least`; `wanted`, None for all, if so."""
     rows = max(LEAST if least is None else least, int(seconds / max(seconds_each, 1e-9)))
     return wanted if rows >= (there if wanted is None else min(wanted, there)) else rows
 
