@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from claim import Evidence
-from making import arguments, make, side_by_side, steps_of
+from making import arguments, made, make, side_by_side, steps_of
 from outside import static
 
 RUNTIMES = ("torch", "torch-compile", "onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8")
@@ -48,7 +48,10 @@ CLASSIFIERS = {
 }
 # A teacher that is the average of six fine-tunings, and a student that is one of four distillations.
 FASTER = {**LEARNED, "batch_size": 128, "learning_rate": 4e-4}
-SOUP = [{"method": "fine-tune", "epochs": 3.0, "soup": 6}]
+TEACHERS = {
+    "base": [{"method": "fine-tune", "epochs": 3.0}],
+    "soup": [{"method": "fine-tune", "epochs": 3.0, "soup": 6}],
+}
 SOUPS = {"three-narrow-soup": narrowed(THREE, 0.6, 2.0, **FASTER, soup=4)}
 EMBEDDERS = {"three": kept(THREE, 6.0), "three-narrow": narrowed(THREE, 0.6, 6.0), "two": kept(TWO, 8.0)}
 
@@ -68,10 +71,8 @@ def retrieval() -> Any:
 def make_all(folder: Path, workers: int, only: str | None) -> None:
     if only is not None:
         kind, _, name = only.partition("-")
-        if only == "classifier-base":
-            make(folder, "minilm", classification(), [{"method": "fine-tune", "epochs": 3.0}], only)
-        elif only == "classifier-soup":
-            make(folder, "minilm", classification(), SOUP, only)
+        if kind == "classifier" and name in TEACHERS:
+            make(folder, "minilm", classification(), TEACHERS[name], only)
         elif kind == "classifier":
             source = folder / ("classifier-soup" if name in SOUPS else "classifier-base")
             make(folder, source, classification(), {**CLASSIFIERS, **SOUPS}[name], only)
@@ -80,10 +81,10 @@ def make_all(folder: Path, workers: int, only: str | None) -> None:
         return
     searchers = [f"embedder-{name}" for name in EMBEDDERS]
     students = [f"classifier-{name}" for name in (*CLASSIFIERS, *SOUPS)]
-    teachers = (
-        [] if all((folder / f"classifier-{name}" / "config.json").is_file() for name in SOUPS) else ["classifier-soup"]
-    )
-    side_by_side(__file__, folder, ["classifier-base", *teachers], workers)
+    teachers = ["classifier-base"]
+    if not all(made(folder, f"classifier-{name}") for name in SOUPS):  # it is needed for these alone
+        teachers.append("classifier-soup")
+    side_by_side(__file__, folder, teachers, workers)
     side_by_side(__file__, folder, [*students, *searchers], workers)
 
 
@@ -200,7 +201,7 @@ def main() -> None:
         first = measured(folder, classifiers, sentiment, (1, 16))
         second = measured(folder, embedders, search, (16,))
         recipes = {f"classifier-{n}": steps_of(folder / f"classifier-{n}") for n in ("base", *CLASSIFIERS, *SOUPS)}
-        recipes["classifier-soup"] = SOUP  # the teacher of the students named so
+        recipes["classifier-soup"] = TEACHERS["soup"]  # the teacher of the students named so
         recipes |= {f"embedder-{n}": steps_of(folder / f"embedder-{n}") for n in EMBEDDERS}
         outside: dict[str, Any] = {}
         for task, sizes in ((sentiment, (1, 16)), (search, (16,))):

@@ -28,12 +28,17 @@ def arguments(doc: str | None, folder: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def made(folder: Path, name: str) -> bool:
+    """Whether a recipe's model is there."""
+    return (folder / name / "config.json").is_file()
+
+
 def make(folder: Path, source: Any, task: Any, steps: Steps, name: str) -> None:
     """One recipe's model in folder/name, unless it is there."""
     from common import device
     from leanformers.recipe import Recipe, run
 
-    if not (folder / name / "config.json").is_file():
+    if not made(folder, name):
         recipe = Recipe(model=str(source), steps=tuple(steps), dtype="float32", seed=0)  # type: ignore[arg-type]
         run(recipe, source, task, out=folder / name, device=device(), measured=False)
 
@@ -48,7 +53,7 @@ def side_by_side(script: str, folder: Path, names: Sequence[str], workers: int) 
 
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(one, [name for name in names if not (folder / name / "config.json").is_file()]))
+        list(pool.map(one, [name for name in names if not made(folder, name)]))
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:

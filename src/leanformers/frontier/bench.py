@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -134,7 +135,7 @@ class Workbench:
         self.recipe = Recipe.load(place)
         # Read back even when just made, so that a run that goes on has the very same model.
         model, self.tokenizer = self.load(place)
-        self.model = model.to(self.device).eval()
+        self.model = model.eval()
         attach_reference(self.task, self.model, self.tokenizer, copy_model=False)
         self.teacher = Teacher(self.model, self.task, self.tokenizer, folder=self.folder / "teacher")
         self.venue.baseline, _ = self.venue.ready(BASELINE, (self.model, self.tokenizer), place)
@@ -151,7 +152,9 @@ class Workbench:
         self._shelf.close()
 
     def load(self, folder: Path) -> tuple[Any, Any]:
-        return load_model(str(folder), self.task, trust_remote_code=self.trust)
+        """A checkpoint of the run, on the device of the search, and its tokenizer."""
+        model, tokenizer = load_model(str(folder), self.task, trust_remote_code=self.trust)
+        return model.to(self.device), tokenizer
 
     def pace(self, ready: Any) -> float:
         """Seconds that the answer to one row takes, once what is set up at the first is there."""
@@ -245,7 +248,7 @@ class Workbench:
                 self.full(steps[:count])
                 begun = self.folder / "finals" / name_of(steps[:count], key_of(steps[:count]))
                 model, tokenizer = self.load(begun)
-                subject = self.subject_of(model.to(self.device), tokenizer, teacher=self.teacher)
+                subject = self.subject_of(model, tokenizer, teacher=self.teacher)
             else:
                 count, subject = 0, self._fresh(None)
             try:
@@ -254,7 +257,7 @@ class Workbench:
                     save_checkpoint(partial, subject.model, subject.tokenizer, self.task)
                     recipe = replace(self.recipe, steps=(*self.recipe.steps, *steps))
                     provenance(partial, recipe, subject.notes)
-                    _remove(partial / "training")
+                    shutil.rmtree(partial / "training", ignore_errors=True)
                     result = self._measured(subject, start, partial, name)
                     folders.write_json(partial / "steps.json", steps)
                     folders.write_json(partial / RESULT, result.to_json())
@@ -301,9 +304,3 @@ def check_steps(tune: Any) -> Steps | None:
     if not isinstance(tune, bool | Mapping):
         raise LeanError(f"tune is 'auto', true, false or settings of the method 'fine-tune', not {tune!r}")
     return list(Recipe(steps=(step,)).check().steps)  # type: ignore[arg-type]
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)

@@ -45,7 +45,7 @@ def compare(bench: Workbench, names: Sequence[str]) -> dict[str, Any]:
             for name in [BASELINE, *part]:
                 first = number == 0 or name != BASELINE
                 place = bench.folder / BASELINE if name == BASELINE else places[name]
-                pair = (bench.model, bench.tokenizer) if name == BASELINE else _loaded(bench, place)
+                pair = (bench.model, bench.tokenizer) if name == BASELINE else bench.load(place)
                 drop = bench.may_lose(name, bench.venue.runtime, pair)
                 models[name], folders[name] = bench.venue.ready(name, pair, place, drop)
                 for runtime in bench.runtimes if first else ():
@@ -61,7 +61,7 @@ def compare(bench: Workbench, names: Sequence[str]) -> dict[str, Any]:
             del pair  # models live in `models` alone, which is emptied below
             ready = None
             if number == 0:  # all are measured on the same rows
-                test = _rows(bench, models[BASELINE], count + wanted - len(bench.left_out), until)
+                test = _rows(bench, models[BASELINE], count + wanted - len(bench.left_out))
             found |= _measured(bench, models, folders, test, number == 0, len(models) / (count + wanted))
             models.clear()
             free()
@@ -81,10 +81,10 @@ def _measured(
     return compare(models, bench.task, folders=folders, limit=test, seconds=seconds, wanted=wanted, **bench.timing)
 
 
-def _rows(bench: Workbench, ready: Any, models: int, until: float | None) -> int | None:
+def _rows(bench: Workbench, ready: Any, models: int) -> int | None:
     """Test rows that so many models answer in the time that is left."""
     left = bench.clock.left()
-    if left is None or until is None:
+    if left is None:
         return bench.test
     there = len(bench.task.splits["test"])
     each = bench.pace(ready) * models
@@ -92,11 +92,6 @@ def _rows(bench: Workbench, ready: Any, models: int, until: float | None) -> int
     if rows != bench.test:
         bench.say(f"last measurement: {models} models on {rows:,} of {there:,} test rows, which the time is left for")
     return rows
-
-
-def _loaded(bench: Workbench, place: Path) -> tuple[Any, Any]:
-    model, tokenizer = bench.load(place)
-    return model.to(bench.device), tokenizer
 
 
 def _size(place: Path) -> int:

@@ -28,7 +28,7 @@ _SMALL = 2**30  # bytes of a model that is kept in memory where the system does 
 class Shelf:
     """Subjects by key, of a run folder; the oldest goes when there are too many.
 
-    load: reads a checkpoint: folder -> (model, tokenizer).
+    load: reads a checkpoint: folder -> (model on its device, tokenizer).
     """
 
     def __init__(self, folder: Path, load: Callable[[Path], tuple[Any, Any]]) -> None:
@@ -44,7 +44,6 @@ class Shelf:
         if place is None:
             return _copy(kept)
         model, tokenizer = self.load(place)
-        model = model if kept.device is None else model.to(kept.device)
         return replace(kept, model=model, tokenizer=tokenizer, notes=copy.deepcopy(kept.notes))
 
     def put(self, key: str, subject: Subject) -> Subject:

@@ -10,7 +10,6 @@ of two), and the fastest is used from then on. The time of that is some tenths o
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import gelu, linear
+
+from leanformers.kernels.processors import runs_triton
 
 if TYPE_CHECKING:
     from leanformers.kernels.linear_gelu_triton import Tiles
@@ -64,14 +65,7 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False
-    return _runs(x.device) and not torch.is_autocast_enabled("cuda")
-
-
-@torch.compiler.assume_constant_result
-def _runs(device: torch.device) -> bool:
-    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return runs_triton(x.device) and not torch.is_autocast_enabled("cuda")
 
 
 @torch.library.custom_op("leanformers::linear_gelu", mutates_args=())

@@ -1,10 +1,19 @@
-"""How many programs a GPU runs at once, for kernels whose programs stay."""
+"""What a GPU is to kernels: whether ours run on it, and how many programs it runs at once."""
 
 from __future__ import annotations
 
+import importlib.util
 from functools import lru_cache
 
 import torch
+
+
+@torch.compiler.assume_constant_result
+def runs_triton(device: torch.device) -> bool:
+    """Whether a CUDA device runs Triton kernels: NVIDIA's, Ampere or later."""
+    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @lru_cache

@@ -9,9 +9,9 @@ CPU, beyond `MOST` tokens, for an export. No gradient passes a choice, so there 
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
+
+from leanformers.kernels.processors import runs_triton
 
 # They ran in Triton's interpreter and through its compiler for an H100, but on no GPU yet: whoever wants them says so.
 # evidence/zero_tprune_speed.py turns them on, compares them to the plain rule, and times both.
@@ -27,20 +27,13 @@ def fits(query: torch.Tensor, key: torch.Tensor) -> bool:
         return False
     if query.shape[2] > MOST or query.shape[3] > WIDEST or query.stride(3) != 1 or key.stride(3) != 1:
         return False
-    return _runs(query.device) and not torch.compiler.is_exporting()
+    return runs_triton(query.device) and not torch.compiler.is_exporting()
 
 
 def ranks(scores: torch.Tensor) -> bool:
     """Whether `top` can pick from scores [batch, length]."""
     right = ENABLED and scores.device.type == "cuda" and scores.dtype == torch.float32 and scores.shape[1] <= MOST
-    return right and _runs(scores.device) and not torch.compiler.is_exporting()
-
-
-@torch.compiler.assume_constant_result
-def _runs(device: torch.device) -> bool:
-    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return right and runs_triton(scores.device) and not torch.compiler.is_exporting()
 
 
 def votes(

@@ -1,9 +1,9 @@
 """Triton kernels of Zero-TPrune's choice: votes along the attention graph, copies among the keys, and what stays.
 
-Attention probabilities never leave the chip. A program of `votes` holds those of one head, worked out from its queries
-and keys and rounded to half precision, in registers while they vote; `copies`, `joined` and `top` have a program for
-each input. Nothing is sorted: the value
-that the last of the best has is found bit by bit. Imported only where Triton is used.
+A program of `votes` works out the probabilities of one head from its queries and keys, a few rows at a time. For one
+vote they stay in registers; for more they are rounded to half precision and held in memory of its own, which the caches
+keep. `copies`, `joined` and `top` have a program for each input. Nothing is sorted: the value that the last of the best
+has is found four bits at a time. Imported only where Triton is used.
 """
 
 from __future__ import annotations

@@ -156,7 +156,8 @@ class Subject:
             from leanformers.tasks.augment import augmented
 
             task = augmented(task, augment, mask=getattr(self.tokenizer, "mask_token", None), seed=seed)
-            teacher = None if teacher is None else teacher.on(task)
+            assert teacher is not None  # `train` refuses copies without one
+            teacher = teacher.on(task)
         folder = None
         if self.output_dir is not None:
             folder = self.output_dir / f"train-{self.notes.get('trainings', 0)}"

@@ -23,7 +23,6 @@ from leanformers.runtimes.base import Batch, Runnable
 from leanformers.runtimes.blaming import blaming
 from leanformers.runtimes.calling import Call, call_of, dynamic_shapes, sample_of
 from leanformers.runtimes.hushing import hushed
-from leanformers.runtimes.onnx_attention import fused_attention
 from leanformers.runtimes.openvino_int8 import keep_int8
 from leanformers.runtimes.quantising import floats, quantizer, unrounded
 
@@ -104,7 +103,7 @@ def trace(call: Call, form: str, quantize: str | None = None, calibration: list[
         without_cache(module),
         unrounded(module),
         floats(module) if quantize else contextlib.nullcontext(),
-        fused_attention(module) if form == "onnx" else contextlib.nullcontext(),
+        onnx_attention.fused_attention(module) if form == "onnx" else contextlib.nullcontext(),
         blaming(module, form),
     ):
         if quantize:

@@ -1,8 +1,8 @@
 """Fine-tuning of the whole model on the task: what makes a baseline of a model whose head is new.
 
 No paper: plain training by the task's own loss. In a recipe it comes first, and the model that it leaves is
-the teacher of later steps. A `soup` of several trainings (Wortsman et al., 2022, arXiv 2203.05482) is a better
-teacher at no cost to whoever runs it. Cost: three forward passes' worth of FLOPs per token and epoch.
+the teacher of later steps. ``soup`` averages several trainings (Wortsman et al., 2022, arXiv 2203.05482), which costs
+nothing to whoever runs the model. Cost: three forward passes' worth of FLOPs per token and epoch.
 """
 
 from __future__ import annotations
