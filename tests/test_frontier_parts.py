@@ -181,6 +181,17 @@ def test_starts_are_legal_and_the_useful_come_first(space):
     assert space.digest != Space([space.infos["drop"]]).digest
 
 
+def test_where_the_runtime_quantises_a_recipe_that_does_comes_last(space):
+    from leanformers.deploy import quantises
+
+    assert quantises("onnxruntime-int8") and quantises("llama.cpp-q4_k_m")
+    assert not any(map(quantises, ("torch", "torch-compile", "openvino", "llama.cpp")))
+    starts = Space(list(space.infos.values()), quantised=True).starts()
+    slugs = [[step["method"] for step in steps] for steps in starts]
+    assert [steps for steps in slugs if "round" in steps] == slugs[-1:] == [["round"]]
+    assert slugs[0] == ["cut-words"] and ["cut-words", "drop", "teach"] in slugs
+
+
 # -- the choice ------------------------------------------------------------------------------------------
 def candidate(key, quality, latency, size, trains=True, **more):
     ratios = {"quality": quality, "latency": latency, "bytes": size}

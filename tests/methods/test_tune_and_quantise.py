@@ -6,13 +6,14 @@ import copy
 
 import pytest
 import torch
+from families import TINY
 from subjects import BOTH, decoder, encoder, outputs
 
 from leanformers.anatomy import Anatomy
 from leanformers.errors import LeanError
 from leanformers.methods import get
 from leanformers.methods.tune.distillation import kept_layers
-from leanformers.surgery import ledger, tier
+from leanformers.surgery import DropLayers, apply, ledger, tier
 from leanformers.tasks.embedding import Embedding
 
 
@@ -30,6 +31,20 @@ def test_six_layers_halved_are_0_2_5():
     assert ledger(subject.model)[0].keep == (0, 2, 5)
     get("drop-layers").build({"layers": [0, 2]})(subject)
     assert kept_layers(subject) == (0, 5)
+
+
+def test_a_t5_keeps_no_fewer_encoder_than_decoder_layers_since_it_could_not_generate():
+    info = get("drop-layers")
+    fewer = {"layers": [0], "stack": "encoder"}
+    model = TINY["t5"](head="lm")
+    assert "drop decoder layers first" in info.unsuitable(Anatomy.of(model), None, fewer)
+    assert info.unsuitable(Anatomy.of(model), None, {"layers": [0, 2], "stack": "encoder"}) is None
+    assert info.unsuitable(Anatomy.of(TINY["bart"](head="lm")), None, fewer) is None
+    for stack in ("decoder", "encoder"):
+        assert info.unsuitable(Anatomy.of(model), None, {**fewer, "stack": stack}) is None
+        apply(model, DropLayers(keep=(0,), stack=stack))
+    written = model.eval().generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, min_new_tokens=4)
+    assert written.shape == (1, 5)
 
 
 def test_distillation_brings_the_student_nearer_to_its_teacher():

@@ -2,7 +2,7 @@
 
 from leanformers.deploy.exporting import Exported, draft, export
 from leanformers.deploy.stock import check_stock, obstacles
-from leanformers.deploy.targets import DEPLOYED, TARGETS, Target, target, width_multiple
+from leanformers.deploy.targets import DEPLOYED, TARGETS, Target, quantises, target, width_multiple
 
 __all__ = [
     "DEPLOYED",
@@ -13,6 +13,7 @@ __all__ = [
     "draft",
     "export",
     "obstacles",
+    "quantises",
     "target",
     "width_multiple",
 ]

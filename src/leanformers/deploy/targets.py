@@ -221,6 +221,11 @@ DEPLOYED: dict[str, tuple[str, str | None]] = {
 RUNTIME_OF = {what: name for name, what in DEPLOYED.items()}
 
 
+def quantises(runtime: str) -> bool:
+    """Whether this runtime's export makes linears of fewer bits out of what the model holds."""
+    return DEPLOYED.get(runtime, ("", None))[1] is not None
+
+
 def width_multiple(runtimes: Iterable[str]) -> int:
     """What a model's widths should be multiples of to be stored in all these runtimes' own formats; 1: anything."""
     from leanformers.runtimes.gguf import row_multiple

@@ -94,7 +94,7 @@ def slim(
         LeanError: bad input, before any training; a full disk.
         KeyboardInterrupt: Ctrl-C before there is a baseline; later it ends the search with what there is.
     """
-    from leanformers.deploy import width_multiple
+    from leanformers.deploy import quantises, width_multiple
 
     start = time.monotonic()
     clock = Clock()
@@ -150,7 +150,8 @@ def slim(
         references = [] if late else reference_points(folder, the_task, baseline, test, seed)
         references = [*references, *sources]
         chosen, skipped = fit(bench.subject)
-        space = Space(list(chosen.values()), multiple=width_multiple([first, *others]))
+        multiple, quantised = width_multiple([first, *others]), quantises(first)
+        space = Space(list(chosen.values()), multiple=multiple, quantised=quantised)
         asked = [relative(goal, baseline.quality, the_task.better) for goal in wanted]
         floors = [goal.value for goal in asked if goal.metric == "quality" and goal.relative]
         bench.quality_goal = max(floors, default=None)

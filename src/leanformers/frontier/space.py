@@ -21,11 +21,12 @@ Steps = list[dict[str, Any]]
 class Space:
     """Recipes from the given methods.
 
-    multiple: what widths are to be multiples of, for those methods that can round to it; 1: anything.
+    multiple: what widths are to be multiples of, for those methods that can round to it; 1: anything. quantised:
+    whether the runtime that judges the recipes quantises models itself, so that doing it before gains little.
     """
 
-    def __init__(self, infos: Sequence[MethodInfo], *, multiple: int = 1) -> None:
-        self.multiple = multiple
+    def __init__(self, infos: Sequence[MethodInfo], *, multiple: int = 1, quantised: bool = False) -> None:
+        self.multiple, self.quantised = multiple, quantised
         self.infos = {info.slug: info for info in sorted(infos, key=place) if info.stage != "prepare"}
 
     def stage(self, name: str) -> list[str]:
@@ -114,9 +115,12 @@ class Space:
         """Recipes worth trying first, made of the methods' own first settings, the most useful first.
 
         Each structural start with recovery, alone and with the first vocabulary and quantising ones around
-        it; and those two without any change of structure.
+        it; and those two without any change of structure. Quantising stands at the end, alone, where the runtime
+        quantises.
         """
         first = {stage: self._first(stage) for stage in ("vocabulary", "recover", "quantise")}
+        if self.quantised:
+            first["quantise"] = []
         around = [step for stage in ("vocabulary", "quantise") for step in first[stage]]
         found: list[Steps] = [around] if around else []
         for rank in range(max((len(self._starts(slug)) for slug in self.stage("structure")), default=0)):
@@ -124,8 +128,9 @@ class Space:
                 for step in self._starts(slug)[rank : rank + 1]:
                     found.append([step, *first["recover"]])
                     found.append([*first["vocabulary"], step, *first["recover"], *first["quantise"]])
-        for slug in [*self.stage("quantise"), *self.stage("vocabulary")]:
-            found += [[step] for step in self._starts(slug)]
+        alone = ["quantise", "vocabulary"]
+        for stage in reversed(alone) if self.quantised else alone:
+            found += [[step] for slug in self.stage(stage) for step in self._starts(slug)]
         unique: list[Steps] = []
         for steps in found:
             if steps and steps not in unique:

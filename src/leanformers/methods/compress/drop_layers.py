@@ -50,7 +50,20 @@ class DropLayersMethod:
             self._edit(anatomy).cost(anatomy)
         except LeanError as error:
             return str(error).removeprefix("method 'drop-layers': ").rstrip(".")
-        return None
+        return self._cannot_generate(anatomy)
+
+    def _cannot_generate(self, anatomy: Any) -> str | None:
+        """T5's config calls the encoder's layers num_layers, and transformers sizes generate's cache by that."""
+        needed = getattr(anatomy.model.config, "num_decoder_layers", None)
+        edit = self._edit(anatomy)
+        if needed is None or edit.stack != "encoder" or "decoder" not in anatomy.stacks:
+            return None
+        if len(edit.keep) >= needed:
+            return None
+        return (
+            f"{len(edit.keep)} encoder layers under {needed} decoder layers: transformers cannot generate with such "
+            f"a {anatomy.model.config.model_type}; keep {needed} encoder layers, or drop decoder layers first"
+        )
 
     def estimate(self, anatomy: Any, length: int = 128) -> Saving:
         cost = self._edit(anatomy).cost(anatomy)
