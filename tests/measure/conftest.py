@@ -53,10 +53,20 @@ class TinyTask:
     def forward(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
-    def evaluate(self, predict: Any, tokenizer: Any, split: str = "test", limit: int | None = None) -> dict[str, float]:
-        batch = self.collate(tokenizer, self.features(tokenizer, split, limit))
-        right = predict(batch).argmax(-1).cpu() == batch["labels"]
-        return {"accuracy": right.float().mean().item()}
+    def evaluate(
+        self,
+        predict: Any,
+        tokenizer: Any,
+        split: str = "test",
+        limit: int | None = None,
+        batch_size: int | None = None,
+    ) -> dict[str, float]:
+        rows, right = self.features(tokenizer, split, limit), []
+        size = batch_size or len(rows)
+        for low in range(0, len(rows), size):
+            batch = self.collate(tokenizer, rows[low : low + size])
+            right.append(predict(batch).argmax(-1).cpu() == batch["labels"])
+        return {"accuracy": torch.cat(right).float().mean().item()}
 
     def quality(self, metrics: dict[str, float]) -> float:
         return metrics["accuracy"]

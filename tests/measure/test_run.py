@@ -11,7 +11,7 @@ import leanformers as lean
 from leanformers.errors import LeanError
 from leanformers.measure import Measurement, compare, measure, per_token
 from leanformers.measure import run as run_module
-from leanformers.runtimes import prepare
+from leanformers.runtimes import Prepared, prepare
 
 
 def test_measure_gives_all(bert, task, tokenizer):
@@ -63,6 +63,17 @@ def test_a_baseline_is_timed_in_the_same_rounds(task, tokenizer, make):
     big, small = make["bert"](layers=6, hidden_size=128), make["bert"](layers=2, hidden_size=128)
     found = measure(small, task, tokenizer, baseline=(big, tokenizer), quality=False, seconds=0.5)
     assert found.latency_ratio < 0.8 and found.parameters < lean.measure(big).parameters
+
+
+@pytest.mark.parametrize(("by_batch", "quality"), [(False, 0.5), (True, 1.0)])
+def test_what_rounds_by_batch_is_evaluated_in_batches_of_the_timed_size(bert, task, tokenizer, by_batch, quality):
+    def answered(batch):  # as a range of activations per batch may have it: right where a row stands alone
+        lone = len(batch["labels"]) == 1
+        return torch.nn.functional.one_hot(batch["labels"] * lone, 2).float()
+
+    ready = Prepared(name="rounded", call=answered, device=torch.device("cpu"), source=bert, by_batch=by_batch)
+    options = {"batch_size": 1, "latency": False}
+    assert measure(ready, task, tokenizer, **options).quality == quality
 
 
 def test_bytes_are_those_of_the_folder(bert, task, tokenizer, tmp_path):

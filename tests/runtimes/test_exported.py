@@ -134,6 +134,8 @@ def test_int8_runs_and_is_close(name):
     found = prepared(one)
     assert "int8" in prepared.describe() and distance(found, expected) > 1e-6
     assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.95
+    alone = prepared({name: tensor[:1] for name, tensor in one.items()})
+    assert prepared.by_batch == bool((alone - found[:1]).abs().max() > 1e-5)
 
 
 def test_linears_in_int8_are_handed_on_as_what_they_stand_for():

@@ -16,7 +16,7 @@ import torch
 from leanformers.errors import LeanError
 from leanformers.runtimes import Prepared, check, prepare
 from leanformers.runtimes.accuracy import check_drop
-from leanformers.runtimes.running import CALIBRATION, at_first_batch
+from leanformers.runtimes.running import BY_BATCH, CALIBRATION, at_first_batch
 
 GGUF, PACKAGE = "model.gguf", "model.pt2"
 CPU = torch.device("cpu")
@@ -66,7 +66,8 @@ class Target:
         name = RUNTIME_OF.get((self.name, quantize), f"{self.runtime}-{quantize}" if quantize else self.runtime)
         call = self.open(folder, model, task)
         details = {"dtype": quantize or "float32"}
-        return Prepared(name=name, call=call, device=CPU, source=model, details=details)
+        by_batch = quantize is not None and self.formats[quantize] == BY_BATCH
+        return Prepared(name=name, call=call, device=CPU, source=model, details=details, by_batch=by_batch)
 
 
 def target(name: str) -> Target:

@@ -36,6 +36,7 @@ class Measurable(Protocol):
         tokenizer: Any,
         split: str = "test",
         limit: int | None = None,
+        batch_size: int | None = None,
     ) -> dict[str, float]: ...
     def quality(self, metrics: Mapping[str, float]) -> float: ...
 

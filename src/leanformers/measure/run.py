@@ -45,7 +45,8 @@ def measure(
         model: a loaded model, a folder, or a name (`leanformers.tasks.load` says which).
         task: a `Task` or the name of one; without it nothing is run but a count of FLOPs, on random ids.
         tokenizer: of a loaded model; found beside the model where it is not given.
-        quality: whether to evaluate the task on `split`, on its first `limit` rows.
+        quality: whether to evaluate the task on `split`, on its first `limit` rows; in batches of `batch_size` where
+            the runtime's answers depend on what stands in a batch, of the task's own size elsewhere.
         latency: whether to time the model and read its peak memory.
         runtime: where it is run; a name of `leanformers.runtimes.available()`.
         batch_size: rows per timed batch. batches: how many of them at most; fewer where one takes long.
@@ -178,7 +179,9 @@ def _measure(
         }
         results[name] |= {"examples": sum(real[name].examples), "tokens": sum(real[name].tokens)}
         if quality:
-            metrics = {k: float(v) for k, v in task.evaluate(subject.ready, subject.tokenizer, split, limit).items()}
+            size = {"batch_size": batch_size} if subject.ready.by_batch else {}
+            metrics = task.evaluate(subject.ready, subject.tokenizer, split, limit, **size)
+            metrics = {key: float(value) for key, value in metrics.items()}
             results[name] |= {"metrics": metrics, "quality": float(task.quality(metrics))}
             results[name] |= {"metric": task.metric, "better": task.better}
     if latency:

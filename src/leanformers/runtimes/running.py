@@ -13,6 +13,7 @@ from leanformers.runtimes.calling import Call, StandIn, call_of
 from leanformers.runtimes.exported import trace
 from leanformers.runtimes.torch import details_of
 
+BY_BATCH = "int8-dynamic"  # the quantisation that takes each activation's range from a batch as a whole
 CALIBRATION = 128  # training rows, each a batch of its own so that padding has no say
 
 
@@ -34,9 +35,9 @@ def prepare_exported(
 
     details = {"dtype": "int8" if quantize else details_of(model)["dtype"], "threads": str(torch.get_num_threads())}
     device = torch.device("cpu")
-    return Prepared(
-        name=name, call=at_first_batch(model, task, load, device), device=device, source=model, details=details
-    )
+    call = at_first_batch(model, task, load, device)
+    by_batch = quantize == BY_BATCH
+    return Prepared(name=name, call=call, device=device, source=model, details=details, by_batch=by_batch)
 
 
 def at_first_batch(
