@@ -5,7 +5,8 @@ layers and at the same layers: the attention of the last token against chance, a
 and against the most recent tokens. The three baselines keep the first token and all that is generated. Chance is also
 shown after the first layer alone, which is nearest to dropping words of the prompt. Then the time to the first token,
 in turns with the dense model on SDPA, and of each further one: judged is the median of the ratios of neighbours in
-time. On a GPU there are more prompts, and its times are shown and not judged.
+time. On a GPU there are more prompts, and its times are shown and not judged. The result is that of --prompts 40
+--workers 12, on as many cores.
 """
 
 from __future__ import annotations

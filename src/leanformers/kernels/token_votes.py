@@ -13,9 +13,6 @@ import torch
 
 from leanformers.kernels.processors import runs_triton
 
-# They ran in Triton's interpreter and through its compiler for an H100, but on no GPU yet: whoever wants them says so.
-# evidence/zero_tprune_speed.py turns them on, compares them to the plain rule, and times both.
-ENABLED = False
 MOST = 256  # tokens: a row of probabilities is held whole
 WIDEST = 128  # of a head
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -23,7 +20,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def fits(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether the kernels can choose; query: [batch, heads, length, head_dim], key: [batch, key heads, …]."""
-    if not ENABLED or query.device.type != "cuda" or query.dtype not in _DTYPES or key.dtype != query.dtype:
+    if query.device.type != "cuda" or query.dtype not in _DTYPES or key.dtype != query.dtype:
         return False
     if query.shape[2] > MOST or query.shape[3] > WIDEST or query.stride(3) != 1 or key.stride(3) != 1:
         return False
@@ -32,7 +29,7 @@ def fits(query: torch.Tensor, key: torch.Tensor) -> bool:
 
 def ranks(scores: torch.Tensor) -> bool:
     """Whether `top` can pick from scores [batch, length]."""
-    right = ENABLED and scores.device.type == "cuda" and scores.dtype == torch.float32 and scores.shape[1] <= MOST
+    right = scores.device.type == "cuda" and scores.dtype == torch.float32 and scores.shape[1] <= MOST
     return right and runs_triton(scores.device) and not torch.compiler.is_exporting()
 
 
