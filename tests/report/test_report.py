@@ -154,22 +154,23 @@ def test_zeros_that_save_nothing_are_said_in_words(steps, who):
     assert "bytes on disk: of the weight files, as du shows them" in text
 
 
-def test_model_card_says_in_words_that_zeros_save_nothing():
+def test_model_card_says_in_words_that_zeros_save_nothing_and_what_llama_cpp_may_do():
     from types import SimpleNamespace
 
     from leanformers.frontier.card import model_card
     from leanformers.measure import Measurement
     from leanformers.recipe import Recipe
 
-    def card(*steps):
+    def card(*steps, runtime="torch"):
         recipe = Recipe(model="minilm", task="sentiment", steps=steps)
-        measured = Measurement(parameters=10, bytes=40, memory=40)
+        measured = Measurement(parameters=10, bytes=40, memory=40, runtime=runtime)
         point = SimpleNamespace(name="p", tier="lean", recipe=recipe, measurement=measured, ratios={})
         return model_card(point, {"name": "sentiment"}, ["import leanformers"])
 
     masked, cut = card({"method": "obert", "sparsity": 0.5}), card({"method": "drop-layers", "keep": 0.5})
     assert "The weights that obert set to zero save no bytes and no time" in masked
     assert "zero" not in cut
+    assert "CFLAGS=-mno-amx-int8" in card(runtime="llama.cpp-q8_0") and "AMX" not in cut
 
 
 def test_interruption_is_said():

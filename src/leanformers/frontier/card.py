@@ -24,6 +24,7 @@ def model_card(
     """
     from leanformers.measure.environment import describe
     from leanformers.report.zeros import zeros
+    from leanformers.runtimes.llama_session import AMX
 
     recipe, measured = point.recipe, point.measurement
     steps = recipe.to_yaml().strip()
@@ -42,6 +43,7 @@ def model_card(
     front += f"license: {licence}\n" if licence else ""
     load = "\n".join(lines)
     told = f"\n{found}\n" if (found := zeros(recipe.steps)) else ""
+    warned = f"\nOn processors with AMX: {AMX}\n" if measured.runtime.startswith("llama.cpp") else ""
     return f"""---
 library_name: transformers
 tags: [leanformers]
@@ -61,7 +63,7 @@ Quality is {task.get("metric", "the task's metric")} on the test split; latency 
 ```python
 {load}
 ```
-
+{warned}
 The recipe, which makes it again ({_again(point.tier, measured.runtime)}):
 
 ```yaml

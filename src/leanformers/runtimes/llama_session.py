@@ -17,6 +17,11 @@ import torch
 
 from leanformers.errors import LeanError
 
+AMX = (
+    "llama.cpp's kernels for AMX can end the process (built by GCC before 12.4 they do): "
+    "CFLAGS=-mno-amx-int8 CXXFLAGS=-mno-amx-int8 pip install --force-reinstall --no-cache-dir llama-cpp-python "
+    "leaves them out."
+)
 STEP = 512  # tokens that llama.cpp multiplies at once, and the smallest context
 logger = logging.getLogger(__name__)
 _ERROR = 4  # llama.cpp's level
@@ -69,10 +74,7 @@ def has_amx() -> bool:
     """
     found = b"AMX_INT8 = 1" in library().llama_print_system_info()
     if found:
-        logger.info(
-            "llama.cpp runs without its AMX kernels, which are not safe, and so without its other repacked ones: "
-            "install llama-cpp-python again with CFLAGS=-mno-amx-int8 CXXFLAGS=-mno-amx-int8 to have those."
-        )
+        logger.warning("%s Here it runs without these kernels, and so without its other repacked ones.", AMX)
     return found
 
 
