@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from claim import Evidence
-from making import arguments, made, make, side_by_side, steps_of
+from making import arguments, make, side_by_side, steps_of
 from outside import static
 
 RUNTIMES = ("torch", "torch-compile", "onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8")
@@ -32,7 +32,7 @@ def kept(layers: tuple[int, ...], epochs: float, **distillation: Any) -> list[di
 def narrowed(layers: tuple[int, ...], budget: float, epochs: float, **distillation: Any) -> list[dict[str, Any]]:
     cut = {"method": "optin", "budget": budget, "samples": 64, "neuron_group": 32}
     return [
-        *kept(layers, epochs / 2, **{**distillation, "soup": 1}),
+        *kept(layers, epochs / 2, **distillation),
         cut,
         {"method": "distillation", "epochs": epochs, **distillation},
     ]
@@ -46,13 +46,7 @@ CLASSIFIERS = {
     "two-narrow": narrowed(TWO, 0.6, 2.0, **LEARNED),
     "two-narrower": narrowed(TWO, 0.35, 2.0, **LEARNED),
 }
-# A teacher that is the average of six fine-tunings, and a student that is one of four distillations.
-FASTER = {**LEARNED, "batch_size": 128, "learning_rate": 4e-4}
-TEACHERS = {
-    "base": [{"method": "fine-tune", "epochs": 3.0}],
-    "soup": [{"method": "fine-tune", "epochs": 3.0, "soup": 6}],
-}
-SOUPS = {"three-narrow-soup": narrowed(THREE, 0.6, 2.0, **FASTER, soup=4)}
+TEACHERS = {"base": [{"method": "fine-tune", "epochs": 3.0}]}
 EMBEDDERS = {"three": kept(THREE, 6.0), "three-narrow": narrowed(THREE, 0.6, 6.0), "two": kept(TWO, 8.0)}
 
 
@@ -74,17 +68,13 @@ def make_all(folder: Path, workers: int, only: str | None) -> None:
         if kind == "classifier" and name in TEACHERS:
             make(folder, "minilm", classification(), TEACHERS[name], only)
         elif kind == "classifier":
-            source = folder / ("classifier-soup" if name in SOUPS else "classifier-base")
-            make(folder, source, classification(), {**CLASSIFIERS, **SOUPS}[name], only)
+            make(folder, folder / "classifier-base", classification(), CLASSIFIERS[name], only)
         else:
             make(folder, "minilm", retrieval(), EMBEDDERS[name], only)
         return
     searchers = [f"embedder-{name}" for name in EMBEDDERS]
-    students = [f"classifier-{name}" for name in (*CLASSIFIERS, *SOUPS)]
-    teachers = ["classifier-base"]
-    if not all(made(folder, f"classifier-{name}") for name in SOUPS):  # it is needed for these alone
-        teachers.append("classifier-soup")
-    side_by_side(__file__, folder, teachers, workers)
+    students = [f"classifier-{name}" for name in CLASSIFIERS]
+    side_by_side(__file__, folder, [f"classifier-{name}" for name in TEACHERS], workers)
     side_by_side(__file__, folder, [*students, *searchers], workers)
 
 
@@ -115,8 +105,12 @@ def everywhere(folder: Path, models: dict[str, Path | str], task: Any) -> dict[s
 
 
 def measured(folder: Path, models: dict[str, Path | str], task: Any, sizes: tuple[int, ...]) -> dict[str, Any]:
-    """Quality, bytes and, per batch size, latency of every model in every runtime, all timed in the same rounds."""
-    from leanformers.measure import compare
+    """Bytes and, per batch size, quality and latency of every model in every runtime, all timed in the same rounds.
+
+    Quality is that of the batch size where a runtime's answers depend on what stands in a batch, as those of ONNX
+    Runtime's int8 do, which rounds each activation by the range of its batch.
+    """
+    from leanformers.measure import compare, measure
     from leanformers.runtimes import prepare
     from leanformers.tasks import load
 
@@ -125,7 +119,8 @@ def measured(folder: Path, models: dict[str, Path | str], task: Any, sizes: tupl
         task.attach_teacher(prepare(base, task), tokenizer)
     ready = everywhere(folder, models, task)
     places = {name: entry["folder"] for name, entry in ready.items() if entry["folder"] is not None}
-    table: dict[str, Any] = {}
+    first = str(sizes[0])
+    table: dict[str, Any] = {name: {"latency": {}, "quality": {}, "metrics": {}} for name in ready}
     for size in sizes:
         found = compare(
             {name: entry["model"] for name, entry in ready.items()},
@@ -133,14 +128,18 @@ def measured(folder: Path, models: dict[str, Path | str], task: Any, sizes: tupl
             batch_size=size,
             batches=12 if size > 1 else 24,
             seconds=SECONDS,
-            quality=size == sizes[0],
+            quality=str(size) == first,
             folders=places,
         )
         for name, m in found.items():
-            row = table.setdefault(name, {"latency": {}})
+            row, (prepared, tokenizer) = table[name], ready[name]["model"]
             row["latency"][str(size)] = m.latency
-            if m.quality is not None:
-                row |= {"quality": m.quality, "bytes": m.bytes, "parameters": m.parameters, "metrics": m.metrics}
+            if str(size) == first:
+                row |= {"bytes": m.bytes, "parameters": m.parameters}
+            elif prepared.by_batch:
+                m = measure(prepared, task, tokenizer, latency=False, batch_size=size)
+            row["quality"][str(size)] = row["quality"][first] if m.quality is None else m.quality
+            row["metrics"][str(size)] = row["metrics"][first] if m.quality is None else m.metrics
     return table
 
 
@@ -148,9 +147,10 @@ def judged(table: dict[str, Any], size: int) -> tuple[str, list[dict[str, Any]]]
     """The fastest unslimmed runtime, and every slimmed point as ratios to it (its quality to the float model's)."""
     times = {name: row["latency"][str(size)] for name, row in table.items()}
     best = min((name for name in table if name.startswith("base@")), key=times.__getitem__)
-    quality = table["base@torch"]["quality"]
+    plain = table["base@torch"]["quality"][str(size)]
+    answers = {name: row["quality"][str(size)] / plain for name, row in table.items()}
     points = [
-        {"point": n, "quality": row["quality"] / quality, "latency": times[n] / times[best], "bytes": row["bytes"]}
+        {"point": n, "quality": answers[n], "latency": times[n] / times[best], "bytes": row["bytes"]}
         for n, row in table.items()
         if not n.startswith("base@")
     ]
@@ -196,12 +196,11 @@ def main() -> None:
     ) as evidence:
         sentiment, search = classification(), retrieval()
         folder: Path = given.folder
-        classifiers: dict[str, Path | str] = {n: folder / f"classifier-{n}" for n in ("base", *CLASSIFIERS, *SOUPS)}
+        classifiers: dict[str, Path | str] = {n: folder / f"classifier-{n}" for n in ("base", *CLASSIFIERS)}
         embedders: dict[str, Path | str] = {"base": "minilm", **{n: folder / f"embedder-{n}" for n in EMBEDDERS}}
         first = measured(folder, classifiers, sentiment, (1, 16))
         second = measured(folder, embedders, search, (16,))
-        recipes = {f"classifier-{n}": steps_of(folder / f"classifier-{n}") for n in ("base", *CLASSIFIERS, *SOUPS)}
-        recipes["classifier-soup"] = TEACHERS["soup"]  # the teacher of the students named so
+        recipes = {f"classifier-{n}": steps_of(folder / f"classifier-{n}") for n in ("base", *CLASSIFIERS)}
         recipes |= {f"embedder-{n}": steps_of(folder / f"embedder-{n}") for n in EMBEDDERS}
         outside: dict[str, Any] = {}
         for task, sizes in ((sentiment, (1, 16)), (search, (16,))):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 from subjects import encoder
 
+from leanformers.errors import Enough
+from leanformers.frontier.clock import Clock, Stop
 from leanformers.methods import get
 from leanformers.methods.subject import Budget
 from leanformers.training import Teacher
 from leanformers.training.soup import averaged
 
 SETTINGS = {"epochs": 1.0, "learning_rate": 1e-3, "batch_size": 4}
+FEW = SETTINGS | {"epochs": 0.25}
 
 
 def weights(subject):
@@ -81,3 +85,49 @@ def test_a_soup_that_was_cut_off_goes_on(tmp_path):
     get("fine-tune").build(SETTINGS | {"soup": 2})(broken)
     for name, found in weights(broken).items():
         assert torch.equal(found, weights(whole)[name]), name
+
+
+def steps_of(subject):
+    return math.ceil(FEW["epochs"] * math.ceil(len(subject.task.splits["train"]) / FEW["batch_size"]))
+
+
+class Ends:
+    """Has enough after so many steps of the soup, as it is told them."""
+
+    def __init__(self, after):
+        self.after, self.told = after, []
+
+    def after_step(self, model, step, total):
+        self.told.append((step, total))
+        if step >= self.after:
+            raise Enough
+
+
+@pytest.mark.parametrize(("run", "counted"), [(0, 1), (1, 1), (2, 2)])
+def test_a_soup_whose_time_is_up_begins_no_further_training(run, counted):
+    """Cut off in its first training, or in a later one, which then does not count: the whole ones do."""
+    subject, singles = encoder(), []
+    for seed in range(counted):
+        single = copy.copy(subject)
+        single.model, single.seed, single.callbacks = copy.deepcopy(subject.model), seed, (Ends(3),) if run == 0 else ()
+        get("fine-tune").build(FEW)(single)
+        singles.append(weights(single))
+    each = steps_of(subject)
+    ends = Ends(run * each + 3)
+    subject.callbacks = (ends,)
+    get("fine-tune").build(FEW | {"soup": 4})(subject)
+    assert ends.told == [(step + 1, 4 * each) for step in range(run * each + 3)]
+    assert subject.notes["cut"] == {"trainings": counted, "of_trainings": 4}
+    for name, found in weights(subject).items():
+        expected = torch.stack([single[name].double() for single in singles]).mean(0)
+        assert (found - expected).abs().max() <= 1e-6, name
+
+
+def test_a_few_steps_tell_what_a_whole_soup_takes():
+    """A search times the first steps of a training: those of one tell of all."""
+    subject, now = encoder(), iter(range(1000))
+    each = steps_of(subject)
+    stop = Stop(Clock(minutes=None, now=lambda: float(next(now))), steps=4)
+    subject.callbacks = (stop,)
+    get("fine-tune").build(FEW | {"soup": 3})(subject)
+    assert (len(stop.times), stop.total, stop.early, stop.seconds) == (4, 3 * each, True, 3.0 * each)

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from families import TINY
 from subjects import BOTH, decoder, encoder, outputs
 
+from families import TINY
 from leanformers.anatomy import Anatomy
 from leanformers.errors import LeanError
 from leanformers.methods import get

@@ -61,7 +61,10 @@ def make_baseline(bench: Workbench, place: Path) -> None:
         for stop in subject.callbacks:
             if stop.early:
                 subject.notes["cut"] = {**subject.notes.get("cut", {}), "steps": len(stop.times), "of": stop.total}
-                bench.say(f"baseline: its fine-tuning ended at step {len(stop.times)} of {stop.total}: the time was up")
+                told = f"baseline: its fine-tuning ended at step {len(stop.times)} of {stop.total}: the time was up"
+                if "trainings" in subject.notes["cut"]:
+                    told += "; {trainings} of {of_trainings} trainings are averaged".format(**subject.notes["cut"])
+                bench.say(told)
         cuts = {name: told for name, told in subject.notes.items() if name == "cut"}
         provenance(partial, replace(bench.recipe, steps=tuple(tune)), cuts)
         pair = (subject.model, subject.tokenizer)

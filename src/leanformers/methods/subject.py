@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,7 +110,8 @@ class Subject:
         augment: altered copies of each training text (tasks.augment) that the teacher answers as well; an epoch is
         a pass over texts and copies.
         soup: so many trainings from the same weights, each with a seed of its own, whose outcomes are averaged
-        (training.soup). Within a budget there is one.
+        (training.soup). Within a budget there is one. To the subject's callbacks they are one long training; if one
+        of them has enough, no more are begun.
         options go to `leanformers.training.fit` as they are (warmup, freeze, callbacks …).
         """
         task = self._task("training data")
@@ -133,19 +134,26 @@ class Subject:
         if epochs <= 0 or used == 0:
             return None
         options |= {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "limit": limit}
-        options["callbacks"] = (*options.get("callbacks", ()), *self.callbacks)
+        runs = soup if self.budget is None else 1
 
-        def once(run: int) -> Any:
-            result = self._fit(self.seed + run, distillation, augment, options)
+        def once(run: int, callbacks: Sequence[Any] = self.callbacks) -> Any:
+            told = {**options, "callbacks": (*options.get("callbacks", ()), *callbacks)}
+            result = self._fit(self.seed + run, distillation, augment, told)
             self.trained_examples += round(used * epochs)
             self.trained_seconds += result.seconds
             return result
 
-        if soup == 1 or self.budget is not None:
+        if runs == 1:
             return once(0)
-        from leanformers.training.soup import averaged
+        from leanformers.training.soup import Member, averaged
 
-        return averaged(self.model, once, soup)[-1]
+        def member(run: int) -> Any:
+            return once(run, [Member(one, run, runs) for one in self.callbacks])
+
+        results = averaged(self.model, member, runs, cut=lambda result: result.cut)
+        if len(results) < runs:
+            self.notes["cut"] = {**self.notes.get("cut", {}), "trainings": len(results), "of_trainings": runs}
+        return results[-1]
 
     def _fit(self, seed: int, distillation: Any, augment: int, options: dict[str, Any]) -> Any:
         """One training, in a folder of its own where there is one for trainings."""

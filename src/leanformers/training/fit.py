@@ -51,6 +51,7 @@ class TrainResult:
     loss: mean over about the last twentieth of the steps (nats, or the task's unit).
     seconds: of this call, the teacher's outputs not counted. steps: optimiser steps of the whole training.
     tokens: real tokens seen in this call. padding: share of the places in its batches that were padding.
+    cut: whether a callback had enough of it before its end.
     """
 
     loss: float
@@ -58,6 +59,7 @@ class TrainResult:
     steps: int
     tokens: int = 0
     padding: float = 0.0
+    cut: bool = False
 
 
 def fit(
@@ -201,6 +203,7 @@ def _run(objective: Objective, features: Sequence[Any], given: dict[str, Any], p
         steps=trainer.state.global_step,
         tokens=round(trainer.tokens),
         padding=1 - trainer.tokens / trainer.slots if trainer.slots and trainer.tokens else 0.0,
+        cut=trainer.state.global_step < steps,
     )
 
 
