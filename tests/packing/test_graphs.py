@@ -81,3 +81,23 @@ def test_sizes_waste_little():
             size = round_up(count, parts)
             assert count <= size < max(count * (parts + 1) / parts, count + 64) and round_up(size, parts) == size
     assert round_up(0) == round_up(0, 8) == 64
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs are replayed on a GPU")
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra", "mpnet"])
+def test_on_a_gpu_masks_of_either_side_are_counted(family, monkeypatch):
+    model = TINY[family](head="base", num_attention_heads=2).cuda()  # heads of 16, which the kernel takes
+    replayed = replays(pack(model, graphs=True))
+    plans = [(LENGTHS, 9), ((9, 7), 9), ((3, 0, 12, 1, 9), 12), ((1, 1, 2, 1, 1), 5), ((60, 58, 2), 60), (LENGTHS, 9)]
+    for turn in range(24):
+        lengths, width = plans[turn % len(plans)]
+        monkeypatch.setattr(graphs, "GLANCES", turn % 2 * 1000)  # or no glance, and so the wait for all of it
+        batch = {name: part.cuda() for name, part in ragged(model, lengths, width, seed=turn).items()}
+        mask = batch.pop("attention_mask")
+        on_cpu = turn % 5 == 4
+        index, output = replayed(batch, mask.cpu() if on_cpu else mask)
+        assert index.tokens == sum(lengths) and index.ranks is not None
+        found = index.unpack(output["last_hidden_state"], width)
+        want = states(model, {**batch, "attention_mask": mask})
+        torch.testing.assert_close(found[mask.bool()], want[mask.bool()], rtol=1e-3, atol=1e-3)
+        assert found.shape == want.shape and not found[~mask.bool()].any()

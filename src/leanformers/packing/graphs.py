@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from leanformers.packing.index import Index
 
 MOST_TOKENS = 32768  # beyond it a GPU is busy for longer than it takes to launch
 MOST_GRAPHS = 64  # their memory is shared, but each holds its inputs and its output
+GLANCES = 1000  # at a count that takes a GPU some microseconds, before waiting for it otherwise
 
 Row = dict[str, torch.Tensor]
 R = TypeVar("R")
@@ -91,9 +93,18 @@ def _copy(part: torch.Tensor, held: torch.Tensor) -> None:
     if part.dim() < 2:
         held.copy_(part, non_blocking=True)
         return
-    if part.dtype == torch.bool and part.shape[1] < held.shape[1]:
-        held.zero_()  # a mask; other inputs are read only where it is set
-    held[:, : part.shape[1]].copy_(part, non_blocking=True)
+    held[:, : part.shape[1]].copy_(part, non_blocking=True)  # further on nothing is read
+
+
+def _mark(mask: torch.Tensor, held: torch.Tensor) -> None:
+    """Hold where a mask [batch, at most length] is not 0."""
+    width = mask.shape[1]
+    if width < held.shape[1]:
+        held[:, width:].zero_()
+    if mask.device == held.device:
+        torch.ne(mask, 0, out=held[:, :width])
+    else:
+        held[:, :width].copy_(mask != 0, non_blocking=True)
 
 
 def _shapes(given: Row) -> tuple[Any, ...]:
@@ -128,15 +139,14 @@ class PaddedGraphs:
     """Replays the packing of a padded batch, and the forward pass of what was packed.
 
     How many tokens there are decides which forward pass it is, and a GPU is waited for to learn it. Packing is for any
-    number of tokens: the GPU does it while the answer travels and the forward pass is launched.
+    number of tokens: it begins with the count, and the GPU goes on while the answer travels and the pass is launched.
     """
 
     def __init__(self, pack: Callable[[Row, Index], Row], forward: Callable[[Row, Index], Any]) -> None:
         self._pack, self._forward = pack, forward
         self._packings: _Replays[tuple[Row, Index]] = _Replays()
         self._passes: _Replays[Any] = _Replays()
-        self._counts: dict[int, torch.Tensor] = {}
-        self._counted: Any = None
+        self._answer: _Answer | None = None
 
     def __call__(self, padded: Row, mask: torch.Tensor) -> tuple[Index, Any] | None:
         """The index, and what `forward` returns for at least as many tokens; both are overwritten by the next call.
@@ -146,26 +156,27 @@ class PaddedGraphs:
         """
         first = next(iter(padded.values()))
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(first):
-            given = {**padded, "mask": mask != 0}
-            lengths = self._ask(given["mask"])
-            length = round_up(mask.shape[1], 8)
-            most = min(len(mask) * length, MOST_TOKENS)
-            key = (length, _shapes(given))
+            if self._answer is None and first.is_cuda:
+                self._answer = _Answer()
+            batch, length = len(mask), round_up(mask.shape[1], 8)
+            most = min(batch * length, MOST_TOKENS)
 
             def pack(held: Row) -> tuple[Row, Index]:
-                index = Index.filled(held["mask"], most, length)
+                counted = None if self._answer is None else self._answer.place()
+                index = Index.filled(held["mask"], most, length, counted)
                 return self._pack({name: held[name] for name in padded}, index), index
 
             def hold() -> Row:
-                here = {name: part.to(first.device) for name, part in given.items()}
-                return _held(here, dict.fromkeys(given, length))
+                here = {name: part.to(first.device) for name, part in padded.items()}
+                real = torch.zeros(batch, length, dtype=torch.bool, device=first.device)
+                _mark(mask, real)
+                return {"mask": real, **_held(here, dict.fromkeys(padded, length))}
 
-            packing, held = self._packings.of(key, hold, pack, on_gpu=first.is_cuda)
-            for name, part in given.items():
+            packing, held = self._packings.of((length, batch, _shapes(padded)), hold, pack, on_gpu=first.is_cuda)
+            _mark(mask, held["mask"])
+            for name, part in padded.items():
                 _copy(part, held[name])
-            packing()
-            counted = lengths()
-            tokens, longest = sum(counted), max(counted, default=0)
+            tokens, longest = self._packed(packing, mask)
             if not 0 < tokens <= MOST_TOKENS:
                 return None
             sizes = min(round_up(tokens), most), min(round_up(longest, 8), length)
@@ -180,21 +191,52 @@ class PaddedGraphs:
             output = replay()
             return packing.output[1].of_tokens(tokens), output
 
-    def _ask(self, real: torch.Tensor) -> Callable[[], list[int]]:
-        """The lengths of the rows of a mask, later: what is called waits for them."""
-        if not real.is_cuda:
-            found = Index.lengths(real)
-            return lambda: found
-        if len(real) not in self._counts:
-            self._counts[len(real)] = torch.empty(len(real), dtype=torch.int64, pin_memory=True)
-            self._counted = torch.cuda.Event()
-        counts = self._counts[len(real)]
-        counts.copy_(real.sum(1), non_blocking=True)
-        self._counted.record()
+    def _packed(self, packing: Replay[tuple[Row, Index]], mask: torch.Tensor) -> tuple[int, int]:
+        """Pack; how many tokens there are, and how many in the longest row."""
+        if self._answer is not None and mask.is_cuda and packing.output[1].ranks is not None:
+            return self._answer.of(packing)
+        if self._answer is not None:
+            self._answer.awaited = True  # and not waited for
+        _, index = packing()
+        if mask.is_cuda:
+            edges = index.cu_seqlens.tolist()
+            lengths = [end - start for start, end in pairwise(edges)]
+        else:
+            lengths = Index.lengths(mask)
+        return sum(lengths), max(lengths, default=0)
 
-        def wait() -> list[int]:
-            self._counted.synchronize()
-            lengths: list[int] = counts.tolist()
-            return lengths
 
-        return wait
+class _Answer:
+    """Where a GPU writes how many tokens it found, in the host's memory, the moment that it knows."""
+
+    def __init__(self) -> None:
+        self._counted = torch.full((1,), -1, dtype=torch.int64, pin_memory=True)
+        self._begun = torch.cuda.Event()
+        self.awaited = False  # something may still write there
+
+    def place(self) -> torch.Tensor:
+        """To be written to by what is launched from now on."""
+        self.awaited = True
+        return self._counted
+
+    def of(self, packing: Callable[[], Any]) -> tuple[int, int]:
+        """Pack, and wait for the count alone: how many tokens, and how many in the longest row."""
+        from leanformers.kernels.places_triton import numbers
+
+        if self.awaited:
+            torch.cuda.current_stream().synchronize()
+        self._counted.fill_(-1)
+        self.awaited = True
+        self._begun.record()
+        packing()
+        self._begun.synchronize()  # what the GPU had to do before; other threads run meanwhile
+        counted = -1
+        for _ in range(GLANCES):
+            counted = int(self._counted.item())
+            if counted >= 0:
+                break
+        else:  # an error, or a GPU that others use as well
+            torch.cuda.current_stream().synchronize()
+            counted = int(self._counted.item())
+        self.awaited = False
+        return numbers(counted)

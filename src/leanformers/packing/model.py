@@ -168,7 +168,7 @@ class Packer:
                 output["hidden_states"] = tuple(index.unpack(states) for states in output["hidden_states"])
             else:
                 output = self._run(base, row, index)
-        states = index.unpack(output["last_hidden_state"])[:, : mask.shape[1]]
+        states = index.unpack(output["last_hidden_state"], mask.shape[1])
         output["last_hidden_state"] = states
         if getattr(base, "pooler", None) is not None:
             output["pooler_output"] = base.pooler(states)
