@@ -46,6 +46,16 @@ CLASSIFIERS = {
     "two-narrow": narrowed(TWO, 0.6, 2.0, **LEARNED),
     "two-narrower": narrowed(TWO, 0.35, 2.0, **LEARNED),
 }
+# Students of a student, which is their teacher: cut once more, and trained for less.
+FURTHER = {
+    "three-narrower": (
+        "three-narrow",
+        [
+            {"method": "optin", "budget": 0.67, "samples": 64, "neuron_group": 32},
+            {"method": "distillation", "epochs": 1.0, **LEARNED, "augment": 4},
+        ],
+    )
+}
 TEACHERS = {"base": [{"method": "fine-tune", "epochs": 3.0}]}
 EMBEDDERS = {"three": kept(THREE, 6.0), "three-narrow": narrowed(THREE, 0.6, 6.0), "two": kept(TWO, 8.0)}
 
@@ -68,7 +78,8 @@ def make_all(folder: Path, workers: int, only: str | None) -> None:
         if kind == "classifier" and name in TEACHERS:
             make(folder, "minilm", classification(), TEACHERS[name], only)
         elif kind == "classifier":
-            make(folder, folder / "classifier-base", classification(), CLASSIFIERS[name], only)
+            source, steps = FURTHER.get(name) or ("base", CLASSIFIERS[name])
+            make(folder, folder / f"classifier-{source}", classification(), steps, only)
         else:
             make(folder, "minilm", retrieval(), EMBEDDERS[name], only)
         return
@@ -76,6 +87,7 @@ def make_all(folder: Path, workers: int, only: str | None) -> None:
     students = [f"classifier-{name}" for name in CLASSIFIERS]
     side_by_side(__file__, folder, [f"classifier-{name}" for name in TEACHERS], workers)
     side_by_side(__file__, folder, [*students, *searchers], workers)
+    side_by_side(__file__, folder, [f"classifier-{name}" for name in FURTHER], workers)
 
 
 def everywhere(folder: Path, models: dict[str, Path | str], task: Any) -> dict[str, dict[str, Any]]:
@@ -196,11 +208,11 @@ def main() -> None:
     ) as evidence:
         sentiment, search = classification(), retrieval()
         folder: Path = given.folder
-        classifiers: dict[str, Path | str] = {n: folder / f"classifier-{n}" for n in ("base", *CLASSIFIERS)}
+        classifiers: dict[str, Path | str] = {n: folder / f"classifier-{n}" for n in ("base", *CLASSIFIERS, *FURTHER)}
         embedders: dict[str, Path | str] = {"base": "minilm", **{n: folder / f"embedder-{n}" for n in EMBEDDERS}}
         first = measured(folder, classifiers, sentiment, (1, 16))
         second = measured(folder, embedders, search, (16,))
-        recipes = {f"classifier-{n}": steps_of(folder / f"classifier-{n}") for n in ("base", *CLASSIFIERS)}
+        recipes = {f"classifier-{n}": steps_of(folder / f"classifier-{n}") for n in ("base", *CLASSIFIERS, *FURTHER)}
         recipes |= {f"embedder-{n}": steps_of(folder / f"embedder-{n}") for n in EMBEDDERS}
         outside: dict[str, Any] = {}
         for task, sizes in ((sentiment, (1, 16)), (search, (16,))):

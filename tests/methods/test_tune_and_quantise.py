@@ -47,6 +47,18 @@ def test_a_t5_keeps_no_fewer_encoder_than_decoder_layers_since_it_could_not_gene
     assert written.shape == (1, 5)
 
 
+def test_layers_that_the_teacher_lacks_as_well_are_not_counted():
+    from leanformers.training import Teacher
+
+    subject = encoder(num_hidden_layers=6)
+    get("drop-layers").build({"layers": [0, 2, 4, 5]})(subject)
+    subject.teacher = Teacher(copy.deepcopy(subject.model), subject.task, subject.tokenizer)
+    assert kept_layers(subject) is None
+    get("drop-layers").build({"layers": [0, 3]})(subject)
+    assert kept_layers(subject) == (0, 3)
+    get("distillation").build({"epochs": 1, "hidden": 1.0})(subject)
+
+
 def test_distillation_brings_the_student_nearer_to_its_teacher():
     from leanformers.training import Teacher
 

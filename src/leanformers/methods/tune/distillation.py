@@ -74,9 +74,15 @@ class DistillationMethod:
 
 
 def kept_layers(subject: Subject) -> tuple[int, ...] | None:
-    """The teacher's layer of each student layer, read off the ledger; None where no layer was dropped."""
+    """The teacher's layer of each student layer, read off the ledger; None where no layer was dropped.
+
+    Drops that the teacher shares were made before it was taken, and count for nothing.
+    """
+    edits, shared = ledger(subject.model), ledger(subject.teacher.model) if subject.teacher is not None else ()
+    if list(edits[: len(shared)]) == list(shared):
+        edits = edits[len(shared) :]
     kept: list[int] | None = None
-    for edit in ledger(subject.model):
+    for edit in edits:
         if isinstance(edit, DropLayers):
             kept = list(edit.keep) if kept is None else [kept[index] for index in edit.keep]
     return None if kept is None else tuple(kept)
