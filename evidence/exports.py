@@ -34,6 +34,7 @@ sys.path[:0] = [str(ROOT / "tests" / place) for place in ("", "surgery", "runtim
 
 PLAIN = "as it is"
 BROKEN = "it breaks instead of being refused: "
+RUNTIMES = ("torch.export", "onnxruntime", "openvino", "llama.cpp")  # in the order of the result
 SEEDS = 3  # of the place where an edit is made, until one is found that it fits
 Cases = dict[str, dict[str, float | str | None]]
 """runtime -> edit -> the largest distance of its outputs, the sentence that refuses it, or None: no place for it."""
@@ -191,7 +192,7 @@ def write(folder: Path) -> None:
         seeds=(0,),
     ) as evidence:
         order = kinds()
-        table: dict[str, Any] = {}
+        table: dict[str, Any] = {runtime: {} for runtime in RUNTIMES}
         untried = []
         for family in families():
             path = folder / f"{family}.json"
@@ -199,7 +200,8 @@ def write(folder: Path) -> None:
                 untried.append(family)
                 continue
             for runtime, cells in json.loads(path.read_text("utf-8")).items():
-                table.setdefault(runtime, {})[family] = {kind: cells[kind] for kind in order if kind in cells}
+                table[runtime][family] = {kind: cells[kind] for kind in order if kind in cells}
+        table = {runtime: rows for runtime, rows in table.items() if rows}
         tried = dict(measured(table))
         distances = {name: value for name, value in tried.items() if not isinstance(value, str)}
         wrong = sorted(name for name, value in distances.items() if not value <= 1e-3)

@@ -37,8 +37,8 @@ CAUSE = (
     "fast GPU less well; beside the plain rule the kernels gain in every case. In half precision nearly equal scores "
     "fall out either way, and what an early place decides differently goes on to the later ones"
 )
-SHAPES = {"DeiT-S": (384, 6), "DeiT-B": (768, 12)}  # width, heads
 CAUSE_ON_CPU = "with one image a layer takes little time, so that choosing, in many small operations, weighs more"
+SHAPES = {"DeiT-S": (384, 6), "DeiT-B": (768, 12)}  # width, heads
 START = time.perf_counter()
 Call = Callable[[], Any]
 

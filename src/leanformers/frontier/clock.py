@@ -75,7 +75,7 @@ class Stop:
 
     def after_step(self, model: Any, step: int, total: int) -> None:
         self.times.append(self.clock.now())
-        self.total += total if step == 1 or len(self.times) == 1 else 0  # a soup is several trainings
+        self.total = total
         late = self.until is not None and self.times[-1] >= self.until
         enough = self.steps is not None and len(self.times) >= self.steps
         if (late or enough) and step < total:
@@ -87,8 +87,7 @@ class Stop:
         """What the whole training takes, from the steps after the first, which warms up."""
         if len(self.times) < 2:
             return self.total * (self.times[0] - self.begun) if self.times else 0.0
-        times = self.times[: self.steps]
-        return self.total * (times[-1] - times[0]) / (len(times) - 1)
+        return self.total * (self.times[-1] - self.times[0]) / (len(self.times) - 1)
 
 
 def probe(clock: Clock) -> Stop:

@@ -10,10 +10,10 @@ import torch
 from leanformers.errors import LeanError
 from leanformers.runtimes.base import Batch, Prepared, Runnable
 from leanformers.runtimes.calling import Call, StandIn, call_of
-from leanformers.runtimes.exported import trace
+from leanformers.runtimes.exported import QUANTISED, trace
 from leanformers.runtimes.torch import details_of
 
-BY_BATCH = "int8-dynamic"  # the quantisation that takes each activation's range from a batch as a whole
+BY_BATCH = QUANTISED["onnx"]  # takes each activation's range from a batch as a whole
 CALIBRATION = 128  # training rows, each a batch of its own so that padding has no say
 
 

@@ -11,9 +11,9 @@ draws schedules at that share instead and keeps the one whose outputs stay neare
 data (the paper ranks them by accuracy). In texts, an extension of the paper's images, padding has no vote and the last
 token, [SEP], stays.
 Cost: attention probabilities are written out, in float32, in the layers that score, and each vote reads them once:
-memory traffic and launches that FLOPs do not show. On a GPU kernels choose without writing them out (`kernels.
-token_votes`, up to 256 tokens). Even so a fast GPU gains little from it in half precision at DeiT's sizes, and nothing
-where the dense model is compiled (evidence `zero-tprune-gpu`): measure before you serve it there.
+memory traffic and launches that FLOPs do not show. On a GPU kernels (`leanformers.kernels.token_votes`) choose without
+writing them out, among up to 256 tokens. Even so a fast GPU gains little from it in half precision at DeiT's sizes, and
+nothing where the dense model is compiled (evidence `zero-tprune-gpu`): measure before you serve it there.
 """
 
 from __future__ import annotations

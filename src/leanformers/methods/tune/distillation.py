@@ -79,7 +79,7 @@ def kept_layers(subject: Subject) -> tuple[int, ...] | None:
     Drops that the teacher shares were made before it was taken, and count for nothing.
     """
     edits, shared = ledger(subject.model), ledger(subject.teacher.model) if subject.teacher is not None else ()
-    if list(edits[: len(shared)]) == list(shared):
+    if edits[: len(shared)] == shared:
         edits = edits[len(shared) :]
     kept: list[int] | None = None
     for edit in edits:
