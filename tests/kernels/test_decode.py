@@ -213,6 +213,19 @@ def test_a_uniform_cache_is_softmax_attention_by_every_schedule(length, resident
 
 
 @needs_triton
+@pytest.mark.parametrize(("long", "programs"), [(0, 4), (1000, 2)])
+def test_long_runs_are_shared_by_two_programs_of_a_multiprocessor(long, programs, monkeypatch):
+    from leanformers.kernels import decode_triton
+
+    seen, launch = [], decode_triton.launch
+    monkeypatch.setattr(decode_triton, "launch", lambda *given: seen.append(given[6:]) or launch(*given))
+    monkeypatch.setattr(decode, "LONG", long)  # tiles of a program
+    inputs = drawn([150, 90], 1, 2, 128, torch.float16)
+    torch.testing.assert_close(decode_attention(*inputs).double(), softmax_attention(*inputs), rtol=0, atol=2e-3)
+    assert seen == [(programs, 0)]
+
+
+@needs_triton
 def test_a_sequence_that_sees_nothing_is_zeros():
     query, key, value, spans = drawn([20, 3], 1, 2, 16, torch.float32)
     spans[1, 1] = spans[1, 0]

@@ -103,6 +103,23 @@ def test_generate_gives_sdpas_tokens(make, mask, cache, kernels):
     assert sum(kernels.values()) >= 3  # steps; the prompt goes through SDPA
 
 
+@pytest.mark.parametrize(("graph", "mask", "ours"), [(False, WHOLE, 0), (True, WHOLE, 3), (False, LEFT, 3)])
+def test_without_a_graph_caches_of_one_length_are_left_to_sdpa(graph, mask, ours, kernels, monkeypatch):
+    monkeypatch.setattr(decode_attention, "_launches_are_free", lambda device: graph)
+    torch.manual_seed(0)
+    check_as_sdpa(llama(), mask)
+    assert sum(kernels.values()) == ours
+
+
+def test_launches_are_free_where_a_graph_replays_them(monkeypatch):
+    free = decode_attention._launches_are_free
+    capturing = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    assert free(torch.device("cpu")) and not free(torch.device("cuda"))
+    capturing.append(1)
+    assert free(torch.device("cuda"))
+
+
 def test_a_mask_with_holes_is_left_to_sdpa(kernels):
     torch.manual_seed(0)
     check_as_sdpa(llama(), RIGHT)
@@ -163,7 +180,7 @@ def test_what_the_kernel_does_not_know_is_refused():
 
 
 def test_without_a_gpu_decoding_is_refused(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     model = llama().eval()
     model.set_attn_implementation(register_decode())
     ids = torch.randint(5, 96, (1, 4))

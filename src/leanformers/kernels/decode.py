@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from leanformers.errors import LeanError
-from leanformers.kernels.processors import multiprocessors
+from leanformers.kernels.processors import capability, multiprocessors
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -146,6 +146,9 @@ def reference(
 # -- the kernel ----------------------------------------------------------------------------------------------
 
 
+LONG = 40  # tiles of a program that cuts across outputs; from there on two on one multiprocessor are faster
+
+
 class Tuning(NamedTuple):
     """How the kernel is cut: keys per tile, warps, pipeline stages, programs per multiprocessor."""
 
@@ -213,8 +216,9 @@ def decode_attention(
             stands before, unused cache behind; neither is read). None: all of them.
         scaling: of the scores; head_dim ** -0.5 by default.
         schedule: ``stream-k``, or a baseline.
-        tuning, programs: instead of what `choose` says; programs is the number of thread blocks of stream-K, or of
-            those that fixed splits are to fill in whole waves (by default one per multiprocessor).
+        tuning, programs: instead of what `choose` says; programs is the number of thread blocks of stream-K (which
+            then cuts across outputs), or of those that fixed splits are to fill in whole waves (by default one per
+            multiprocessor).
 
     Returns:
         [batch, query heads, 1, head_dim], contiguous; zeros for a sequence that sees no key.
@@ -242,15 +246,18 @@ def _run(
         raise LeanError(refused)
     from leanformers.kernels.decode_triton import launch
 
-    tuning = choose(query.shape[-1], query.dtype) if tuning is None else tuning
+    chosen = choose(query.shape[-1], query.dtype)
+    tuning = tuning or chosen
     processors = multiprocessors(query.device)
     slots = programs or processors * tuning.resident
     outputs, tiles = query.shape[0] * key.shape[1], max(1, -(-key.shape[2] // tuning.tile))
     splits = 1 if schedule == "whole" else 0
     if schedule == "fixed-split":
         splits = fixed_splits(outputs, programs or processors, tiles)
-    elif schedule == "stream-k" and spans is None and programs is None:
-        splits = even_splits(outputs, slots, tiles)
+    elif schedule == "stream-k" and programs is None:
+        splits = even_splits(outputs, slots, tiles) if spans is None else 0
+        if splits == 0 and tuning is chosen and outputs * tiles > LONG * slots:
+            slots = processors * max(2, tuning.resident)
     return launch(query, key, value, spans, scaling, tuning, slots, splits)
 
 
@@ -306,7 +313,7 @@ def refusal_of_device(device: torch.device, dtype: torch.dtype, head_dim: int) -
     if importlib.util.find_spec("triton") is None:
         return "decode attention needs Triton: pip install triton, or use SDPA."
     if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) < (8, 0):
+        if capability(device) < (8, 0):
             return f"{torch.cuda.get_device_name(device)} is too old for decode attention (Ampere or later): use SDPA."
         return None
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":

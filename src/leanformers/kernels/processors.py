@@ -20,3 +20,9 @@ def runs_triton(device: torch.device) -> bool:
 def multiprocessors(device: torch.device) -> int:
     """Of the GPU; a small number stands in under Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@lru_cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU, as torch tells it, but without asking the driver before every launch."""
+    return torch.cuda.get_device_capability(device)

@@ -51,12 +51,22 @@ def attend_decode(
         if dropout:
             raise LeanError(f"{DECODE!r} has no dropout: call model.eval() before decoding.")
         spans = attention_mask.view(-1, 2) if spanned and attention_mask is not None else None
-        return decode_attention(query, key, value, spans, scaling=scaling).transpose(1, 2), None
+        if spans is not None or _launches_are_free(query.device):
+            return decode_attention(query, key, value, spans, scaling=scaling).transpose(1, 2), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
+
+
+def _launches_are_free(device: torch.device) -> bool:
+    """Whether a CUDA graph replays what is called now, or a compiled model calls it.
+
+    Else SDPA attends where all sequences see all keys: it takes a CPU less time to launch, which is what such a step
+    waits for unless its cache is so long that both are as fast.
+    """
+    return device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
 
 
 def decode_mask(*, q_length: int, **kwargs: Any) -> torch.Tensor | None:
