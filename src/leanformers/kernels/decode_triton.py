@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from leanformers.kernels.launching import Launcher, on_device_of
 from leanformers.kernels.processors import capability
 
 
@@ -239,9 +238,6 @@ def _merge(out, spans, scratch_o, scratch_m, scratch_l, batch, heads, length, gr
         tl.store(at + d, result.to(out.dtype.element_ty))
 
 
-_launch_pieces, _launch_runs, _launch_merge = Launcher(_pieces), Launcher(_runs), Launcher(_merge)
-
-
 def launch(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -267,25 +263,19 @@ def launch(
     dependent = {"launch_pdl": True} if pdl else {}
     width = 1 if spans is None else triton.next_power_of_2(batch)
     shared = {"SPANS": spans is not None, "BATCH": width, "ROWS": rows, "H": size, "BN": tuning.tile, "PDL": pdl}
-    attend = _launch_pieces if splits else _launch_runs
-    with on_device_of(query):
-        attend(
-            (grid, 1, 1),
-            (
-                query, key, value, out, spans, scratch, scratch_m, scratch_l, *query.stride()[:2], *key.stride()[:3],
-                *value.stride()[:3], scaling * LOG2E, batch, heads, length, group, splits,
-            ),
-            {**shared, "M": max(16, rows), "STAGES": tuning.stages},
-            num_warps=tuning.warps, **dependent,
+    attend = _pieces if splits else _runs
+    with torch.cuda.device_of(query):  # Triton launches on the current GPU, wherever the tensors are
+        attend[(grid,)](
+            query, key, value, out, spans, scratch, scratch_m, scratch_l, *query.stride()[:2], *key.stride()[:3],
+            *value.stride()[:3], scaling * LOG2E, batch, heads, length, group, splits,
+            **shared, M=max(16, rows), STAGES=tuning.stages, num_warps=tuning.warps, **dependent,
         )  # fmt: skip
         if cut:
             part = min(32, size)  # of a head, so that one warp merges it without a barrier
             together = min(32, triton.next_power_of_2(splits or 16))
-            _launch_merge(
-                (query_heads, batch, size // part),
-                (out, spans, scratch, scratch_m, scratch_l, batch, heads, length, group, grid, splits),
-                {**shared, "FIXED": splits > 0, "D": part, "S": together},
-                num_warps=1, **dependent,
+            _merge[(query_heads, batch, size // part)](
+                out, spans, scratch, scratch_m, scratch_l, batch, heads, length, group, grid, splits,
+                **shared, FIXED=splits > 0, D=part, S=together, num_warps=1, **dependent,
             )  # fmt: skip
     return out
 
