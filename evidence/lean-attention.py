@@ -89,8 +89,8 @@ def ours(device: str) -> dict[str, Callable[..., torch.Tensor]]:
     from leanformers.kernels.decode import choose, decode_attention
     from leanformers.kernels.processors import multiprocessors
 
-    slots = multiprocessors(torch.device(device, 0) if device == "cuda" else torch.device(device))
-    tuning = choose(SIZE, torch.bfloat16)
+    on = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    slots, tuning = multiprocessors(on), choose(SIZE, torch.bfloat16, on)
     return {
         "stream-k": lambda *of: decode_attention(*of),
         "fixed-split": lambda *of: decode_attention(*of, schedule="fixed-split", tuning=tuning),

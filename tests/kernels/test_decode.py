@@ -89,6 +89,29 @@ def test_pieces_that_cross_no_border_are_taken_where_they_fill_the_slots():
     assert decode.even_splits(outputs=136, slots=132, tiles=256) == 0
 
 
+def test_where_memory_is_faster_more_tiles_are_on_their_way(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    for speed, stages in ((25e9, 3), (36e9, 4)):
+        monkeypatch.setattr(decode, "bandwidth", lambda device, speed=speed: speed)
+        assert decode.choose(128, torch.bfloat16, gpu) == Tuning(64, 4, stages, 1)
+        assert decode.choose(64, torch.bfloat16, gpu).stages == 3
+
+
+def test_bandwidth_is_what_the_memory_was_built_for(monkeypatch):
+    from types import SimpleNamespace
+
+    from leanformers.kernels.processors import bandwidth
+
+    h200 = SimpleNamespace(memory_clock_rate=3201000, memory_bus_width=6016, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
+    bandwidth.cache_clear()
+    assert bandwidth(torch.device("cuda", 0)) * 132 == pytest.approx(4.81e12, rel=1e-3)
+    del h200.memory_bus_width
+    bandwidth.cache_clear()
+    assert bandwidth(torch.device("cuda", 0)) == 0 == bandwidth(torch.device("cpu"))
+    bandwidth.cache_clear()
+
+
 # -- merging -------------------------------------------------------------------------------------------------
 
 

@@ -26,3 +26,13 @@ def multiprocessors(device: torch.device) -> int:
 def capability(device: torch.device) -> tuple[int, int]:
     """Of a GPU, as torch tells it, but without asking the driver before every launch."""
     return torch.cuda.get_device_capability(device)
+
+
+@lru_cache
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second that its memory gives to each multiprocessor of a GPU, as built; 0 where it is not known."""
+    if device.type != "cuda":
+        return 0.0
+    properties = torch.cuda.get_device_properties(device)
+    kilohertz, bits = (getattr(properties, name, 0) for name in ("memory_clock_rate", "memory_bus_width"))
+    return 2e3 * kilohertz * bits / 8 / properties.multi_processor_count
