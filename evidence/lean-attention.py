@@ -321,9 +321,9 @@ def run(
     if not evidence.holds:
         bound = faster(uniform[1, short], "SDPA") / faster(uniform[1, short], "reading")
         evidence.cause = (
-            f"a kernel that only reads {short} keys is {bound:.2f}x as fast as the faster SDPA, and the smallest "
-            "second kernel, which merges, takes most of what is left; a badly filled wave costs little where one "
-            "program per multiprocessor nearly reads at the memory's speed"
+            f"at {short} keys a kernel that only reads them is {bound:.2f}x as fast as the faster SDPA, and filling "
+            "the pipeline, draining it and a second kernel that merges take most of what is left; where a badly filled "
+            "wave fails, one program per multiprocessor nearly reads at the memory's speed, so that it costs little"
         )
 
 

@@ -10,8 +10,8 @@ split.
 A second, small kernel (`_merge`) merges in ascending order of programs, so results repeat bit for bit and no program
 ever waits for another. From Hopper on each of the two is launched while the kernel before it runs (programmatic
 dependent launch) and waits on the device, which hides its launch. Fused into the first kernel, by the last program to
-arrive at an output, the merge took two microseconds more on an H100: one program then merges what a program per query
-head and quarter does here.
+arrive at an output, the merge was slower on an H100: one program then merges what a program per query head and quarter
+does here.
 """
 
 from __future__ import annotations
