@@ -11,7 +11,7 @@ import leanformers as lean
 from leanformers.errors import LeanError
 from leanformers.measure import Measurement, compare, measure, per_token
 from leanformers.measure import run as run_module
-from leanformers.runtimes import Prepared, prepare
+from leanformers.runtimes import Prepared, available, prepare
 
 
 def test_measure_gives_all(bert, task, tokenizer):
@@ -23,6 +23,14 @@ def test_measure_gives_all(bert, task, tokenizer):
     assert found.metrics["accuracy"] == found.quality == task.evaluate(prepare(bert, task), tokenizer)["accuracy"]
     assert found.rounds >= 5 and found.dtype == "float32" and found.runtime == "torch"
     assert found.throughput * found.latency * 4 == pytest.approx(sum(len(r["ids"]) for r in task.rows[:32]), rel=0.3)
+
+
+@pytest.mark.skipif("onnxruntime-int8" not in available(), reason="needs leanformers[onnx]")
+def test_memory_is_what_the_runtime_holds(bert, task, tokenizer):
+    options = {"quality": False, "seconds": 0.1, "batch_size": 4}
+    here = measure(bert, task, tokenizer, **options)
+    there = measure(bert, task, tokenizer, runtime="onnxruntime-int8", **options)
+    assert there.bytes == here.bytes and there.memory < 0.6 * here.memory
 
 
 def test_padding_is_paid_for_by_real_tokens(bert, task, tokenizer):

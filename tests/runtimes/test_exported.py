@@ -13,13 +13,14 @@ from lean_models import TOLERANCE, Forward, batch, distance, farthest, lean
 from families import TINY
 from leanformers.anatomy import Anatomy
 from leanformers.errors import LeanError
+from leanformers.measure import bytes_in_memory
 from leanformers.parts import QuantisedLinear
 from leanformers.recipe import apply as apply_recipe
 from leanformers.runtimes import available, check, prepare
 from leanformers.runtimes import exported as exported_module
 from leanformers.runtimes.accuracy import export_within
 from leanformers.runtimes.calling import StandIn, call_of, sample_of
-from leanformers.runtimes.exported import export_model, missing, trace
+from leanformers.runtimes.exported import export_model, missing, trace, weight_bytes
 from leanformers.runtimes.quantising import floats, unrounded
 from leanformers.runtimes.running import options
 from leanformers.surgery import QuantiseLinear, apply
@@ -35,6 +36,34 @@ def through_torch_export(model: Any) -> Any:
     call = call_of(Forward(), model, batch(model, 2, 7, True))
     graph = trace(call, "dynamo").to("cpu").runners["model"]
     return lambda one: Forward().forward(StandIn(graph, frozenset(one), model.config, torch.device("cpu")), one)
+
+
+# -- what is held ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("runtime", "share"),
+    [
+        pytest.param("onnxruntime", 1.0, marks=onnx),
+        pytest.param("onnxruntime-int8", 0.43, marks=onnx),  # biases, norms and scales stay floats
+        pytest.param("openvino", 1.0, marks=openvino),
+    ],
+)
+def test_a_runtime_says_what_weights_it_holds_once_it_has_them(runtime, share):
+    model = TINY["bert"]()
+    prepared = prepare(model, Forward(), runtime)
+    assert prepared.held() is None
+    prepared(batch(model, 2, 7, True))
+    assert prepared.held() == pytest.approx(share * bytes_in_memory(model), rel=0.02)
+
+
+@openvino
+def test_weights_in_int8_are_a_quarter():
+    model = TINY["bert"]()
+    call = call_of(Forward(), model, batch(model, 2, 7, True))
+    exported = trace(call, "openvino", "int8", [call.tensors])
+    assert weight_bytes(exported) < 0.4 * bytes_in_memory(model)
+    assert weight_bytes(trace(call, "dynamo")) == bytes_in_memory(model)
 
 
 # -- exactness -------------------------------------------------------------------------------------------------

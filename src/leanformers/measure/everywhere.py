@@ -21,7 +21,8 @@ def everywhere(
         model: a loaded one. tokenizer: its own. task: a Task.
         runtimes: names of `leanformers.runtimes`; "all" is what is installed here. torch comes first, and ratios of
             latency are to it, or to the first that runs where it is not among them.
-        options: of `leanformers.measure.compare`. Bytes and memory are those of the model as it was given.
+        options: of `leanformers.measure.compare`. Bytes are those of the model as it was given,
+            memory is that of the weights which the runtime holds.
 
     Returns:
         What was measured, by runtime, and why the others do not run this model, by runtime (of "all" alone).

@@ -190,6 +190,9 @@ def _measure(
             results[name] |= _timing(timings[name], batch_size, paired=len(subjects) > 1)
             if subjects[name].ready.name.startswith("torch"):  # what torch allocates says nothing of other runtimes
                 results[name]["peak_memory"] = _peak(subjects[name], used[name])
+    for name in wanted:
+        if (held := subjects[name].ready.held()) is not None:
+            results[name]["memory"] = held
     if generate:
         rates = _decode(subjects, real, wanted, generate, seconds)
         for name, rate in rates.items():
@@ -211,7 +214,7 @@ def _static(subject: Subject) -> dict[str, Any]:
         found |= {"runtime": subject.prepared.name, "device": str(subject.prepared.device)}
         found["dtype"] = subject.prepared.details.get("dtype")
         if not subject.prepared.name.startswith("torch"):
-            found["memory"] = found["bytes"]  # the torch model behind it is not what is held
+            found["memory"] = found["bytes"]  # the torch model behind it is not what is held, until that is known
     return found | {"threads": torch.get_num_threads()}
 
 

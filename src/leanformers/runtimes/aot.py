@@ -14,7 +14,7 @@ from typing import Any
 from leanformers.runtimes.base import Prepared, Runnable, runtime
 from leanformers.runtimes.calling import Call
 from leanformers.runtimes.compile import missing_compiler
-from leanformers.runtimes.exported import missing, trace
+from leanformers.runtimes.exported import missing, trace, weight_bytes
 from leanformers.runtimes.hushing import hushed
 from leanformers.runtimes.running import at_first_batch
 from leanformers.runtimes.torch import details_of, device_of
@@ -50,11 +50,16 @@ def prepare(model: Any, task: Runnable) -> Prepared:
     model.eval()
     device = device_of(model)
 
+    held: list[int] = []
+
     def load(call: Call) -> Callable[..., Any]:
+        exported = trace(call, "dynamo")
+        held.append(weight_bytes(exported))
         with tempfile.TemporaryDirectory() as folder:  # the package is unpacked elsewhere when it is loaded
-            return load_package(compile_package(trace(call, "dynamo"), Path(folder) / "model.pt2"))
+            return load_package(compile_package(exported, Path(folder) / "model.pt2"))
 
     details = details_of(model) | {"shapes": "dynamic"}
+    call = at_first_batch(model, task, load, device)
     return Prepared(
-        name=NAME, call=at_first_batch(model, task, load, device), device=device, source=model, details=details
+        name=NAME, call=call, device=device, source=model, details=details, held=lambda: held[0] if held else None
     )

@@ -42,7 +42,8 @@ class Prepared:
     `call` takes a batch whose tensors are already on `device` and returns the task's output (logits
     `[batch, classes]`, embeddings `[batch, dim]` or logits `[batch, length, vocab]`) without gradients.
     `source` is the model that was prepared. `by_batch`: what a row is answered depends on the rows beside it, since
-    activations are rounded by one range per batch; its quality is then that of batches of one size.
+    activations are rounded by one range per batch; its quality is then that of batches of one size. `held()`: bytes of
+    the weights that the runtime holds instead of the model's, None while it has none (before the first batch).
     """
 
     name: str
@@ -51,6 +52,7 @@ class Prepared:
     source: Any
     details: Mapping[str, str] = field(default_factory=dict)
     by_batch: bool = False
+    held: Callable[[], int | None] = lambda: None
 
     def place(self, batch: Batch) -> Batch:
         """The same batch with its tensors on this runtime's device (no copy where they are there already)."""

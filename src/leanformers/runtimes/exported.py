@@ -155,6 +155,22 @@ def finished(exported: Any) -> Any:
     return exported
 
 
+def weight_bytes(exported: Any) -> int:
+    """Bytes of the weights and other constants of an export, in the types in which its runtime is given them."""
+    return sum(_constants(component.program) for component in exported.components.values())
+
+
+def _constants(program: Any) -> int:
+    if hasattr(program, "get_ops"):  # OpenVINO
+        return sum(op.get_byte_size() for op in program.get_ops() if op.get_type_name() == "Constant")
+    if hasattr(program, "state_dict"):  # torch.export
+        tensors = [*program.state_dict.values(), *program.constants.values()]
+        storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)}
+        return sum(storage.nbytes() for storage in storages.values())
+    values = (value.const_value for value in program.graph.initializers.values())
+    return sum(value.nbytes for value in values if value is not None)
+
+
 def plain_config(module: Any) -> Any:
     """The module's config without the ledger and its guard: nothing is replayed on a graph."""
     config = copy.deepcopy(getattr(module, "config", None))

@@ -41,10 +41,12 @@ def _prepare(model: Any, task: Runnable, name: str, kind: str | None) -> Prepare
     def call(batch: Batch) -> torch.Tensor:
         return session.batch_logits(batch["input_ids"], batch["attention_mask"])
 
-    details = {"dtype": kind or "f16", "bytes": str(path.stat().st_size)}
+    size = path.stat().st_size
+    details = {"dtype": kind or "f16", "bytes": str(size)}
     if has_amx():
         details["kernels"] = "without AMX and repacking"
-    return Prepared(name=name, call=call, device=torch.device("cpu"), source=model, details=details)
+    device = torch.device("cpu")
+    return Prepared(name=name, call=call, device=device, source=model, details=details, held=lambda: size)
 
 
 @runtime("llama.cpp", refusal=missing_packages)

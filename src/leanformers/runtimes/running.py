@@ -10,7 +10,7 @@ import torch
 from leanformers.errors import LeanError
 from leanformers.runtimes.base import Batch, Prepared, Runnable
 from leanformers.runtimes.calling import Call, StandIn, call_of
-from leanformers.runtimes.exported import QUANTISED, trace
+from leanformers.runtimes.exported import QUANTISED, trace, weight_bytes
 from leanformers.runtimes.torch import details_of
 
 BY_BATCH = QUANTISED["onnx"]  # takes each activation's range from a batch as a whole
@@ -27,17 +27,22 @@ def prepare_exported(
         tokenizer: for the calibration of "int8"; found beside the model where it is not given.
     """
     model.eval()
+    held: list[int] = []
 
     def load(call: Call) -> Callable[..., Any]:
         batches = calibration_of(model, task, tokenizer) if quantize == "int8" else []
         exported = trace(call, form, quantize, [call_of(task, model, batch).tensors for batch in batches])
+        held.append(weight_bytes(exported))
         return exported.to("cpu", **options(form)).runners["model"]
 
     details = {"dtype": "int8" if quantize else details_of(model)["dtype"], "threads": str(torch.get_num_threads())}
     device = torch.device("cpu")
     call = at_first_batch(model, task, load, device)
     by_batch = quantize == BY_BATCH
-    return Prepared(name=name, call=call, device=device, source=model, details=details, by_batch=by_batch)
+    return Prepared(
+        name=name, call=call, device=device, source=model, details=details, by_batch=by_batch,
+        held=lambda: held[0] if held else None,
+    )  # fmt: skip
 
 
 def at_first_batch(
