@@ -112,22 +112,23 @@ def timed(calls: Mapping[str, Callable[..., Any]], sets: Sequence[tuple[Any, ...
     seconds: dict[str, list[float]] = {name: [] for name in replays}
     for _ in range(ROUNDS if torch.cuda.is_available() else 1):
         for name, replay in replays.items():
-            seconds[name].append(_seconds(replay) / _repeats(sets) / len(sets))
+            seconds[name].append(_seconds(replay) / len(_turns(sets)))
     return {name: statistics.median(of) for name, of in seconds.items()}
 
 
-def _repeats(sets: Sequence[tuple[Any, ...]]) -> int:
-    return -(-CALLS // len(sets)) if sets[0][0].is_cuda else 1
+def _turns(sets: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """The inputs of what is timed at once."""
+    return [*sets] * (-(-CALLS // len(sets)) if sets[0][0].is_cuda else 1)
 
 
 def _recorded(call: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> Callable[[], Any]:
     if not sets[0][0].is_cuda:
-        return lambda: [call(*of) for of in sets]
+        return lambda: [call(*of) for of in _turns(sets)]
     call(*sets[0])  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for of in [*sets] * _repeats(sets):
+        for of in _turns(sets):
             call(*of)
     graph.replay()
     return graph.replay
@@ -150,11 +151,12 @@ def called(call: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> float:
     """Median seconds of one call among many, without a CUDA graph: where that is more, it is the CPU's."""
 
     def runs() -> None:
-        for of in [*sets] * _repeats(sets):
+        for of in turns:
             call(*of)
 
+    turns = _turns(sets)
     runs()
-    return statistics.median(_seconds(runs) / _repeats(sets) / len(sets) for _ in range(ROUNDS))
+    return statistics.median(_seconds(runs) / len(turns) for _ in range(ROUNDS))
 
 
 def buffers(batch: int, length: int, device: str, lengths: Sequence[int] | None = None) -> list[Inputs]:

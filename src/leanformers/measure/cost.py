@@ -34,7 +34,7 @@ def parameters(model: nn.Module) -> int:
 
 def bytes_in_memory(model: nn.Module) -> int:
     """Bytes that parameters and all buffers hold in memory, tied ones once."""
-    return sum(nbytes(tensor) for tensor in _distinct([*model.parameters(), *model.buffers()]))
+    return bytes_of([*model.parameters(), *model.buffers()])
 
 
 def bytes_of_state(model: nn.Module) -> int:
@@ -43,7 +43,12 @@ def bytes_of_state(model: nn.Module) -> int:
     The header of a safetensors file (about 100 bytes per tensor) is not included.
     """
     state = model.state_dict(keep_vars=True).values()
-    return sum(nbytes(tensor) for tensor in _distinct(v for v in state if isinstance(v, torch.Tensor)))
+    return bytes_of(v for v in state if isinstance(v, torch.Tensor))
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of tensors, those that are the same or show the same memory once."""
+    return sum(nbytes(tensor) for tensor in _distinct(tensors))
 
 
 def nbytes(tensor: torch.Tensor) -> int:

@@ -164,9 +164,10 @@ def _constants(program: Any) -> int:
     if hasattr(program, "get_ops"):  # OpenVINO
         return sum(op.get_byte_size() for op in program.get_ops() if op.get_type_name() == "Constant")
     if hasattr(program, "state_dict"):  # torch.export
-        tensors = [*program.state_dict.values(), *program.constants.values()]
-        storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)}
-        return sum(storage.nbytes() for storage in storages.values())
+        from leanformers.measure.cost import bytes_of  # measures what is prepared here, and so imports this
+
+        tensors = (*program.state_dict.values(), *program.constants.values())
+        return bytes_of(t for t in tensors if isinstance(t, torch.Tensor))
     values = (value.const_value for value in program.graph.initializers.values())
     return sum(value.nbytes for value in values if value is not None)
 
