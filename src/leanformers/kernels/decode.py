@@ -162,12 +162,12 @@ class Tuning(NamedTuple):
 
 
 def choose(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
-    """How to launch: measured in bfloat16 for heads of 64 (on an H100) and 128 (on an H100 and an H200).
+    """How to launch: measured in bfloat16 for heads of 64 and 128 (on an H100 and an H200), in float32 (on an H200).
 
     The rest is a cautious guess that fits the shared memory.
     """
     if dtype == torch.float32:
-        return Tuning(32 if head_dim > 64 else 64, 4, 2, 2)
+        return Tuning(32 if head_dim > 64 else 64, 4, 3 if head_dim <= 128 else 2, 2)
     if head_dim > 128:
         return Tuning(32, 4, 3, 1)
     if head_dim > 64:

@@ -1,11 +1,10 @@
 """Decode attention in Triton: partials under a schedule (stream-K, or a fixed number of splits), and their merge.
 
 Shapes as in `decode.py`, which holds the schedule in plain PyTorch and the entry that calls this. A program (thread
-block) of `_pieces` or `_runs` attends over its tiles; what one program did alone it writes to the output, what several
-did goes to scratch as (m, l, o) per row: the largest score in base 2, the sum of exp2(score - m), the sum of
-exp2(score - m) v. Slots of scratch, stream-K: program p keeps 2p for its first segment, where that starts inside an
-output, and 2p + 1 for its last, where that begins an output which others end. Fixed splits: one slot per output and
-split.
+block) of `_attend` attends over its tiles; what one program did alone it writes to the output, what several did goes to
+scratch as (m, l, o) per row: the largest score in base 2, the sum of exp2(score - m), the sum of exp2(score - m) v.
+Slots of scratch, stream-K: program p keeps 2p for its first segment, where that starts inside an output, and 2p + 1 for
+its last, where that begins an output which others end. Fixed splits: one slot per output and split.
 
 A second, small kernel (`_merge`) merges in ascending order of programs, so results repeat bit for bit and no program
 ever waits for another. From Hopper on each of the two is launched while the kernel before it runs (programmatic
@@ -43,32 +42,35 @@ _NOT = ["batch", "heads", "length", "group", "programs", "splits"]
 
 
 @triton.jit
-def _segment(q, k, v, out, scratch_o, scratch_m, scratch_l,
-             q_batch, q_head, k_batch, k_head, k_key, v_batch, v_head, v_key, scale, heads, group,
-             sequence, head, start, keys, count, begin, end, slot,
-             ROWS: tl.constexpr, M: tl.constexpr, H: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Attend over tiles begin to end of the count of one output, whose keys lie from start; into out, or a slot."""
-    row = tl.arange(0, M)
+def _first_rows(x, ROWS: tl.constexpr):
+    """[W, ROWS, H] of x [W, M, H]: halved until no more are left."""
+    W: tl.constexpr = x.shape[0]
+    M: tl.constexpr = x.shape[1]
+    H: tl.constexpr = x.shape[2]
+    if M > ROWS:
+        first, _rest = tl.split(tl.permute(tl.reshape(x, [W, 2, M // 2, H]), (0, 2, 3, 1)))
+        return _first_rows(first, ROWS)
+    else:
+        return x
+
+
+@triton.jit
+def _together(rows, k_at, v_at, k_key, v_key, scale, keys, begin, end, step,
+              M: tl.constexpr, H: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """(m [M], l [M], o [M, H]) of every step-th tile from begin to end, all warps on one softmax."""
+    k_tile = tl.cast(k_key, tl.int64) * BN
+    v_tile = tl.cast(v_key, tl.int64) * BN
     d = tl.arange(0, H)
     offset = tl.arange(0, BN)
-    real = (row < group)[:, None]
-    q_at = q + sequence.to(tl.int64) * q_batch + (head * group + row)[:, None] * q_head + d[None, :]
-    k_at = k + sequence.to(tl.int64) * k_batch + head.to(tl.int64) * k_head
-    v_at = v + sequence.to(tl.int64) * v_batch + head.to(tl.int64) * v_head
     m = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     o = tl.zeros([M, H], tl.float32)
-    query = tl.load(q_at, mask=real, other=0.0)  # [M, H]
-    for t in tl.range(begin, end, num_stages=STAGES):
-        seen = (t * BN + offset) < keys
-        place = (start + t * BN).to(tl.int64)
-        keys_at = k_at + place * k_key + offset[:, None] * k_key + d[None, :]
-        values_at = v_at + place * v_key + offset[:, None] * v_key + d[None, :]
-        key = tl.load(keys_at, mask=seen[:, None], other=0.0)  # [BN, H]
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        scores = tl.where(seen[None, :], scores, float("-inf"))  # [M, BN]
-        # A cache beyond its length may hold NaN, and 0 x NaN is NaN: such values are read as zero.
-        value = tl.load(values_at, mask=seen[:, None], other=0.0)  # [BN, H]
+    for t in tl.range(begin, end, step, num_stages=STAGES):
+        near = tl.minimum(offset, keys - 1 - t * BN)  # as in _apart
+        key = tl.load(k_at + t * k_tile + near[:, None] * k_key + d[None, :])  # [BN, H]
+        scores = tl.dot(rows, tl.trans(key), input_precision="ieee") * scale
+        scores = tl.where((t * BN + offset < keys)[None, :], scores, float("-inf"))  # [M, BN]
+        value = tl.load(v_at + t * v_tile + near[:, None] * v_key + d[None, :])
         m_new = tl.maximum(m, tl.max(scores, 1))
         safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         old = tl.exp2(m - safe)
@@ -77,99 +79,159 @@ def _segment(q, k, v, out, scratch_o, scratch_m, scratch_l,
         o = o * old[:, None]
         o = tl.dot(weight.to(value.dtype), value, o, input_precision="ieee")
         m = m_new
-    if end - begin == count:
+    return m, total, o
+
+
+@triton.jit
+def _apart(rows, k_at, v_at, k_key, v_key, scale, keys, begin, end, step,
+           ROWS: tl.constexpr, M: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BN: tl.constexpr,
+           SAME: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """The same with o [ROWS, H]: the keys of a tile are dealt to W warps, each with a softmax of its own until the end.
+
+    No warp waits for another then but for a tile to arrive.
+    """
+    BK: tl.constexpr = BN // W
+    k_tile = tl.cast(k_key, tl.int64) * BN
+    v_tile = tl.cast(v_key, tl.int64) * BN
+    d = tl.arange(0, H)
+    row = tl.arange(0, M)
+    offset = tl.arange(0, W)[:, None] * BK + tl.arange(0, BK)[None, :]
+    m = tl.full([W, M], float("-inf"), tl.float32)
+    total = tl.zeros([W, M], tl.float32)
+    o = tl.zeros([W, M, H], tl.float32)
+    query = tl.zeros([W, M, H], rows.dtype)
+    for t in tl.range(begin, end, step, num_stages=STAGES):
+        if t == begin:
+            # In here, the first tiles are on their way before the query has come. The product with one leaves it in
+            # registers as the next product takes it (and what is not finite in one row is then in all of them).
+            one = (row[:, None] % ROWS == row[None, :]).to(rows.dtype)  # [M, M]
+            one_of_each = tl.broadcast_to(one[None, :, :], [W, M, M])
+            of_each = tl.reshape(tl.broadcast_to(rows[None, :, :], [M // ROWS, ROWS, H]), [M, H])
+            of_each = tl.broadcast_to(of_each[None, :, :], [W, M, H])
+            query = tl.dot(one_of_each, of_each, input_precision="ieee").to(rows.dtype)
+        # The last key stands for those behind it: a cache beyond its length may hold NaN, and 0 x NaN is NaN.
+        left = keys - 1 - t * BN
+        k_near = tl.minimum(offset * k_key, left * k_key)
+        v_near = k_near if SAME else tl.minimum(offset * v_key, left * v_key)
+        key = tl.load(k_at + t * k_tile + d[None, None, :] + k_near[:, :, None])  # [W, BK, H]
+        scores = tl.dot(query, tl.permute(key, (0, 2, 1)), input_precision="ieee") * scale
+        scores = tl.where((t * BN + offset < keys)[:, None, :], scores, float("-inf"))  # [W, M, BK]
+        value = tl.load(v_at + t * v_tile + d[None, None, :] + v_near[:, :, None])
+        m_new = tl.maximum(m, tl.max(scores, 2))
+        safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        old = tl.exp2(m - safe)
+        weight = tl.exp2(scores - safe[:, :, None])
+        total = total * old + tl.sum(weight, 2)
+        o = o * old[:, :, None]
+        o = tl.dot(weight.to(value.dtype), value, o, input_precision="ieee")
+        m = m_new
+    most = tl.max(m, 0)  # [M]
+    share = tl.exp2(m - tl.where(most == float("-inf"), 0.0, most)[None, :])  # [W, M]
+    return most, tl.sum(total * share, 0), tl.sum(_first_rows(o * share[:, :, None], ROWS), 0)
+
+
+@triton.jit
+def _segment(q, k, v, out, scratch_o, scratch_m, scratch_l,
+             q_batch, q_head, k_batch, k_head, k_key, v_batch, v_head, v_key, scale, heads, group,
+             sequence, head, start, keys, begin, end, step, alone, slot,
+             ROWS: tl.constexpr, M: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BN: tl.constexpr,
+             SAME: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Every step-th tile from begin to end of one output, whose keys lie from start: into out, or a slot."""
+    k_at = k + sequence.to(tl.int64) * k_batch + head.to(tl.int64) * k_head + start * tl.cast(k_key, tl.int64)
+    v_at = v + sequence.to(tl.int64) * v_batch + head.to(tl.int64) * v_head + start * tl.cast(v_key, tl.int64)
+    row = tl.arange(0, M)
+    d = tl.arange(0, H)
+    few = tl.arange(0, ROWS if W > 1 else M)
+    real = (few < group)[:, None]
+    q_at = q + sequence.to(tl.int64) * q_batch + (head * group + few)[:, None] * q_head + d[None, :]
+    rows = tl.load(q_at, mask=real, other=0.0)
+    last = tl.where(keys > 0, end, begin)
+    if W > 1:
+        m, total, o = _apart(
+            rows, k_at, v_at, k_key, v_key, scale, keys, begin, last, step, ROWS, M, H, W, BN, SAME, STAGES
+        )
+    else:
+        m, total, o = _together(rows, k_at, v_at, k_key, v_key, scale, keys, begin, last, step, M, H, BN, STAGES)
+    if alone:
         # Outputs are numbered sequence by sequence, as memory has them: [batch, heads x group, H].
         out_at = out + ((sequence * heads + head) * group).to(tl.int64) * H
-        result = o / tl.where(total > 0.0, total, 1.0)[:, None]
-        tl.store(out_at + row[:, None] * H + d[None, :], result.to(out.dtype.element_ty), mask=real)
+        divisor = tl.gather(tl.where(total > 0.0, total, 1.0), few, 0)  # of the rows that o has
+        tl.store(out_at + few[:, None] * H + d[None, :], (o / divisor[:, None]).to(out.dtype.element_ty), mask=real)
     elif begin < end:
-        at = slot * ROWS + row
-        tl.store(scratch_m + at, m, mask=row < group)
-        tl.store(scratch_l + at, total, mask=row < group)
-        tl.store(scratch_o + at[:, None] * H + d[None, :], o, mask=real)
+        at = slot * ROWS
+        tl.store(scratch_m + at + row, m, mask=row < group)
+        tl.store(scratch_l + at + row, total, mask=row < group)
+        tl.store(scratch_o + (at + few)[:, None] * H + d[None, :], o, mask=real)
 
 
 @triton.jit(do_not_specialize=_NOT)
-def _pieces(q, k, v, out, spans, scratch_o, scratch_m, scratch_l,
-            q_batch, q_head, k_batch, k_head, k_key, v_batch, v_head, v_key, scale,
-            batch, heads, length, group, splits,
-            SPANS: tl.constexpr, BATCH: tl.constexpr,
-            ROWS: tl.constexpr, M: tl.constexpr, H: tl.constexpr, BN: tl.constexpr,
-            STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Fixed splits: a program attends over one piece of one output."""
+def _attend(q, k, v, out, spans, scratch_o, scratch_m, scratch_l,
+            q_batch, q_head, k_batch, k_head, k_key, v_batch, v_head, v_key, scale, batch, heads, length, group,
+            SPANS: tl.constexpr, BATCH: tl.constexpr, FIXED: tl.constexpr,
+            ROWS: tl.constexpr, M: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BN: tl.constexpr,
+            SAME: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """FIXED: a program attends over one piece of one output. Else over an equal run of all tiles, output by output.
+
+    A piece is every so-manieth tile, so that the programs of an output read one stretch of memory together.
+    """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()  # the merge may be launched; it waits until all of this is done
-    program = tl.program_id(0)
-    output = program // splits
-    head = output // batch
-    sequence = output - head * batch
     if SPANS:
         starts, ends, counts = _sequence_tiles(spans, batch, BN, BATCH)
-        here = tl.arange(0, BATCH) == sequence
-        count = tl.sum(tl.where(here, counts, 0), 0)
-        start = tl.sum(tl.where(here, starts, 0), 0)
-        keys = tl.sum(tl.where(here, ends, 0), 0) - start
+        index = tl.arange(0, BATCH)
     else:
-        count = tl.maximum((length + BN - 1) // BN, 1)
         start = 0
         keys = length
-    chunk = (count + splits - 1) // splits
-    begin = tl.minimum((program % splits) * chunk, count)
-    end = tl.minimum(begin + chunk, count)
-    _segment(q, k, v, out, scratch_o, scratch_m, scratch_l,
-             q_batch, q_head, k_batch, k_head, k_key, v_batch, v_head, v_key, scale, heads, group,
-             sequence, head, start, keys, count, begin, end, program, ROWS, M, H, BN, STAGES)  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_NOT)
-def _runs(q, k, v, out, spans, scratch_o, scratch_m, scratch_l,
-          q_batch, q_head, k_batch, k_head, k_key, v_batch, v_head, v_key, scale,
-          batch, heads, length, group, splits,
-          SPANS: tl.constexpr, BATCH: tl.constexpr,
-          ROWS: tl.constexpr, M: tl.constexpr, H: tl.constexpr, BN: tl.constexpr,
-          STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Stream-K: a program attends over an equal run of all tiles, output after output."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    program = tl.program_id(0)
-    programs = tl.num_programs(0)
-    if SPANS:
-        starts, ends, counts = _sequence_tiles(spans, batch, BN, BATCH)
-        sums = tl.cumsum(counts, 0)
-        index = tl.arange(0, BATCH)
-        tiles = tl.sum(counts, 0)  # of one head
-    else:
-        uniform = tl.maximum((length + BN - 1) // BN, 1)
-        tiles = batch * uniform
-    every = tiles * heads
-    most = (every + programs - 1) // programs
-    full = every - (most - 1) * programs  # so many programs take `most` tiles, the others one less
-    tile = program * most - tl.maximum(program - full, 0)
-    stop = tile + most - (program >= full).to(tl.int32)
-    while tile < stop:
-        head = tile // tiles
-        inside = tile - head * tiles
+        count = tl.maximum((length + BN - 1) // BN, 1)
+    if FIXED:
+        piece = tl.program_id(0)
+        splits = tl.num_programs(0)
+        head = tl.program_id(1)
+        sequence = tl.program_id(2)
         if SPANS:
-            sequence = tl.sum((sums <= inside).to(tl.int32), 0)
             here = index == sequence
             count = tl.sum(tl.where(here, counts, 0), 0)
             start = tl.sum(tl.where(here, starts, 0), 0)
             keys = tl.sum(tl.where(here, ends, 0), 0) - start
-            begin = inside - tl.sum(tl.where(here, sums - counts, 0), 0)
-        else:
-            sequence = inside // uniform
-            count = uniform
-            start = 0
-            keys = length
-            begin = inside - sequence * uniform
-        end = tl.minimum(count, begin + stop - tile)
-        slot = 2 * program + (begin == 0).to(tl.int32)
+        slot = (sequence * heads + head) * splits + piece
         _segment(q, k, v, out, scratch_o, scratch_m, scratch_l,
                  q_batch, q_head, k_batch, k_head, k_key, v_batch, v_head, v_key, scale, heads, group,
-                 sequence, head, start, keys, count, begin, end, slot, ROWS, M, H, BN, STAGES)  # fmt: skip
-        tile += end - begin
+                 sequence, head, start, keys, piece, count, splits, (piece == 0) & (tl.minimum(splits, count) == 1),
+                 slot, ROWS, M, H, W, BN, SAME, STAGES)  # fmt: skip
+    else:
+        program = tl.program_id(0)
+        programs = tl.num_programs(0)
+        if SPANS:
+            sums = tl.cumsum(counts, 0)
+            tiles = tl.sum(counts, 0)  # of one head
+        else:
+            tiles = batch * count
+        every = tiles * heads
+        most = (every + programs - 1) // programs
+        full = every - (most - 1) * programs  # so many programs take `most` tiles, the others one less
+        tile = program * most - tl.maximum(program - full, 0)
+        stop = tile + most - (program >= full).to(tl.int32)
+        while tile < stop:
+            head = tile // tiles
+            inside = tile - head * tiles
+            if SPANS:
+                sequence = tl.sum((sums <= inside).to(tl.int32), 0)
+                here = index == sequence
+                count = tl.sum(tl.where(here, counts, 0), 0)
+                start = tl.sum(tl.where(here, starts, 0), 0)
+                keys = tl.sum(tl.where(here, ends, 0), 0) - start
+                begin = inside - tl.sum(tl.where(here, sums - counts, 0), 0)
+            else:
+                sequence = inside // count
+                begin = inside - sequence * count
+            end = tl.minimum(count, begin + stop - tile)
+            slot = 2 * program + (begin == 0).to(tl.int32)
+            _segment(q, k, v, out, scratch_o, scratch_m, scratch_l,
+                     q_batch, q_head, k_batch, k_head, k_key, v_batch, v_head, v_key, scale, heads, group,
+                     sequence, head, start, keys, begin, end, 1, end - begin == count,
+                     slot, ROWS, M, H, W, BN, SAME, STAGES)  # fmt: skip
+            tile += end - begin
 
 
 @triton.jit(do_not_specialize=_NOT)
@@ -178,8 +240,6 @@ def _merge(out, spans, scratch_o, scratch_m, scratch_l, batch, heads, length, gr
            ROWS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
            PDL: tl.constexpr):  # fmt: skip
     """One program per query head and D of its H: merge its output's pieces, if there are several, S at a time."""
-    if PDL:
-        gdc_launch_dependents()
     query_head = tl.program_id(0)
     sequence = tl.program_id(1)
     head = query_head // group
@@ -205,11 +265,12 @@ def _merge(out, spans, scratch_o, scratch_m, scratch_l, batch, heads, length, gr
         final = tl.where(last < full * most, last // most, full + (last - full * most) // less)
         pieces = final - first + 1
     else:
-        first = (head * batch + sequence) * splits
-        chunk = (count + splits - 1) // splits
-        pieces = (count + chunk - 1) // chunk
+        first = (sequence * heads + head) * splits
+        pieces = tl.minimum(splits, count)
     if PDL:
         gdc_wait()
+        # Not sooner: programs of a next attention would be dealt to multiprocessors that are not free yet, unevenly.
+        gdc_launch_dependents()
     if pieces > 1:
         d = tl.program_id(2) * D + tl.arange(0, D)
         m = tl.full([1], float("-inf"), tl.float32)
@@ -253,29 +314,37 @@ def launch(
     heads, length = key.shape[1], key.shape[2]
     group = query_heads // heads
     rows = triton.next_power_of_2(group)
-    grid = programs if splits == 0 else batch * heads * splits
+    height = max(16, rows)  # the least that a product takes
+    grid = (splits, heads, batch) if splits else (programs,)
     cut = splits != 1  # whether outputs are merged from several programs
-    slots = (2 * grid if splits == 0 else grid) * rows if cut else 1
+    slots = (batch * heads * splits if splits else 2 * programs) * rows if cut else 1
     out = torch.empty((batch, query_heads, 1, size), dtype=query.dtype, device=query.device)
     scratch = torch.empty(slots * (size + 2), dtype=torch.float32, device=query.device)
     scratch_m, scratch_l = scratch[slots * size :], scratch[slots * (size + 1) :]
     pdl = query.is_cuda and _has_dependent_launch(query.device)
     dependent = {"launch_pdl": True} if pdl else {}
     width = 1 if spans is None else triton.next_power_of_2(batch)
-    shared = {"SPANS": spans is not None, "BATCH": width, "ROWS": rows, "H": size, "BN": tuning.tile, "PDL": pdl}
-    attend = _pieces if splits else _runs
+    shared = {
+        "SPANS": spans is not None, "BATCH": width, "FIXED": splits > 0, "ROWS": rows, "H": size, "BN": tuning.tile,
+        "PDL": pdl,
+    }  # fmt: skip
+    # Each warp by itself where what they end with is little to bring together; a product takes no fewer keys than 16.
+    apart = min(tuning.warps, tuning.tile // 16) if rows * size <= 512 and query.itemsize == 2 else 1
+    # Registers of a multiprocessor for two programs, this call's and the next one's, and the merge between them.
+    limit = {"maxnreg": 224} if splits and torch.version.hip is None else {}
     with torch.cuda.device_of(query):  # Triton launches on the current GPU, wherever the tensors are
-        attend[(grid,)](
+        _attend[grid](
             query, key, value, out, spans, scratch, scratch_m, scratch_l, *query.stride()[:2], *key.stride()[:3],
-            *value.stride()[:3], scaling * LOG2E, batch, heads, length, group, splits,
-            **shared, M=max(16, rows), STAGES=tuning.stages, num_warps=tuning.warps, **dependent,
+            *value.stride()[:3], scaling * LOG2E, batch, heads, length, group,
+            **shared, M=height, W=apart, SAME=key.stride() == value.stride(), STAGES=tuning.stages,
+            num_warps=tuning.warps, **dependent, **limit,
         )  # fmt: skip
         if cut:
             part = min(32, size)  # of a head, so that one warp merges it without a barrier
             together = min(32, triton.next_power_of_2(splits or 16))
             _merge[(query_heads, batch, size // part)](
-                out, spans, scratch, scratch_m, scratch_l, batch, heads, length, group, grid, splits,
-                **shared, FIXED=splits > 0, D=part, S=together, num_warps=1, **dependent,
+                out, spans, scratch, scratch_m, scratch_l, batch, heads, length, group, programs, splits,
+                **shared, D=part, S=together, num_warps=1, **dependent,
             )  # fmt: skip
     return out
 
