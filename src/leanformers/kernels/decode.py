@@ -6,10 +6,12 @@ all tiles are numbered through (heads outermost, then sequences, then tiles), an
 takes an equal run of them, across the borders of sequences and heads (stream-K). What one run holds of an output that
 others share is merged in ascending order. The query heads of a KV head are the rows of one tile, so that keys and
 values are read once. Where all sequences are of one length and each output's keys can be cut into as many pieces as it
-has programs, the cuts fall on the borders (`even_splits`): no program then starts anew in the middle of its run.
+has programs, no program takes tiles of two outputs (`even_splits`), which would drain its pipeline in between; of p
+programs each then takes every p-th tile, so that they read one stretch of memory together.
 
 Two schedules of practice stand beside it in the same kernels, as baselines: ``fixed-split`` cuts every context into
-the same number of pieces (FlashDecoding, by its 85% rule), ``whole`` gives each output to one program.
+the same number of pieces, dealt in the same way (FlashDecoding, by its 85% rule), ``whole`` gives each output to one
+program.
 
 Cost: FLOPs unchanged; bytes are the cache, once, plus at most two partials a program. The schedule is worked out in
 the kernel from the lengths on the device: no host synchronisation, no preparation, fit for CUDA graphs.
