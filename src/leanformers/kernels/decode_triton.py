@@ -36,6 +36,14 @@ def _sequence_tiles(spans, batch, BN: tl.constexpr, BATCH: tl.constexpr):
     return start, end, tiles
 
 
+@triton.jit
+def _sequence(starts, ends, counts, here):
+    """Number of tiles, first key and number of keys of the one sequence that is here."""
+    count = tl.sum(tl.where(here, counts, 0), 0)
+    start = tl.sum(tl.where(here, starts, 0), 0)
+    return count, start, tl.sum(tl.where(here, ends, 0), 0) - start
+
+
 LOG2E = 1.4426950408889634
 # No kernel of its own for every length of a growing cache.
 _NOT = ["batch", "heads", "length", "group", "programs", "splits"]
@@ -55,6 +63,19 @@ def _first_rows(x, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _with_tile(m, total, o, scores, value):
+    """The partials (m, l [..., M], o [..., M, H]) with a tile's scores [..., M, keys] and values [..., keys, H]."""
+    LAST: tl.constexpr = len(scores.shape) - 1
+    m_new = tl.maximum(m, tl.max(scores, LAST))
+    safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    old = tl.exp2(m - safe)
+    weight = tl.exp2(scores - tl.expand_dims(safe, LAST))
+    total = total * old + tl.sum(weight, LAST)
+    o = o * tl.expand_dims(old, LAST)
+    return m_new, total, tl.dot(weight.to(value.dtype), value, o, input_precision="ieee")
+
+
+@triton.jit
 def _together(rows, k_at, v_at, k_key, v_key, scale, keys, begin, end, step,
               M: tl.constexpr, H: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """(m [M], l [M], o [M, H]) of every step-th tile from begin to end, all warps on one softmax."""
@@ -71,14 +92,7 @@ def _together(rows, k_at, v_at, k_key, v_key, scale, keys, begin, end, step,
         scores = tl.dot(rows, tl.trans(key), input_precision="ieee") * scale
         scores = tl.where((t * BN + offset < keys)[None, :], scores, float("-inf"))  # [M, BN]
         value = tl.load(v_at + t * v_tile + near[:, None] * v_key + d[None, :])
-        m_new = tl.maximum(m, tl.max(scores, 1))
-        safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        old = tl.exp2(m - safe)
-        weight = tl.exp2(scores - safe[:, None])
-        total = total * old + tl.sum(weight, 1)
-        o = o * old[:, None]
-        o = tl.dot(weight.to(value.dtype), value, o, input_precision="ieee")
-        m = m_new
+        m, total, o = _with_tile(m, total, o, scores, value)
     return m, total, o
 
 
@@ -117,14 +131,7 @@ def _apart(rows, k_at, v_at, k_key, v_key, scale, keys, begin, end, step,
         scores = tl.dot(query, tl.permute(key, (0, 2, 1)), input_precision="ieee") * scale
         scores = tl.where((t * BN + offset < keys)[:, None, :], scores, float("-inf"))  # [W, M, BK]
         value = tl.load(v_at + t * v_tile + d[None, None, :] + v_near[:, :, None])
-        m_new = tl.maximum(m, tl.max(scores, 2))
-        safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        old = tl.exp2(m - safe)
-        weight = tl.exp2(scores - safe[:, :, None])
-        total = total * old + tl.sum(weight, 2)
-        o = o * old[:, :, None]
-        o = tl.dot(weight.to(value.dtype), value, o, input_precision="ieee")
-        m = m_new
+        m, total, o = _with_tile(m, total, o, scores, value)
     most = tl.max(m, 0)  # [M]
     share = tl.exp2(m - tl.where(most == float("-inf"), 0.0, most)[None, :])  # [W, M]
     return most, tl.sum(total * share, 0), tl.sum(_first_rows(o * share[:, :, None], ROWS), 0)
@@ -190,10 +197,7 @@ def _attend(q, k, v, out, spans, scratch_o, scratch_m, scratch_l,
         head = tl.program_id(1)
         sequence = tl.program_id(2)
         if SPANS:
-            here = index == sequence
-            count = tl.sum(tl.where(here, counts, 0), 0)
-            start = tl.sum(tl.where(here, starts, 0), 0)
-            keys = tl.sum(tl.where(here, ends, 0), 0) - start
+            count, start, keys = _sequence(starts, ends, counts, index == sequence)
         slot = (sequence * heads + head) * splits + piece
         _segment(q, k, v, out, scratch_o, scratch_m, scratch_l,
                  q_batch, q_head, k_batch, k_head, k_key, v_batch, v_head, v_key, scale, heads, group,
@@ -218,9 +222,7 @@ def _attend(q, k, v, out, spans, scratch_o, scratch_m, scratch_l,
             if SPANS:
                 sequence = tl.sum((sums <= inside).to(tl.int32), 0)
                 here = index == sequence
-                count = tl.sum(tl.where(here, counts, 0), 0)
-                start = tl.sum(tl.where(here, starts, 0), 0)
-                keys = tl.sum(tl.where(here, ends, 0), 0) - start
+                count, start, keys = _sequence(starts, ends, counts, here)
                 begin = inside - tl.sum(tl.where(here, sums - counts, 0), 0)
             else:
                 sequence = inside // count

@@ -6,7 +6,7 @@ what a border cuts is merged by the rule of online softmax. Exact: the model's o
 Deviations: a second small kernel merges, so that no block waits for another; grouped queries are the rows of one tile;
 the schedule is worked out on the device. Prompts, and masks with holes, go through SDPA as before.
 Cost: FLOPs unchanged; two launches per layer, so it is for long caches and for CUDA graphs (a compiled model, a static
-cache). It gains where lengths differ or heads are few for the GPU; on caches of one length it takes up to a fifth less
+cache). It gains where lengths differ or heads are few for the GPU; on caches of one length it takes up to 30 % less
 time than the faster SDPA on an H200, most at 4,096 to 16,384 keys of one sequence, and the same from 262,144 keys. Such
 caches go to SDPA where no graph replays the step, as SDPA takes less of a CPU to launch. The kernel is
 `leanformers.kernels.decode`, the attention function `leanformers.parts.decode_attention`. It is a setting of the loaded
